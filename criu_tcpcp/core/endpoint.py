@@ -1,0 +1,106 @@
+"""Addresses of a connection: `Endpoint` (one end) and `Flow` (both ends, seen from the host that is passed).
+
+A *flow* is named from the side that moves: `local` is the origin's or destination's end, `peer` the far end. The
+family of the packets and the family of the socket differ for a v4-mapped socket (an AF_INET6 socket that speaks IPv4,
+RFC 4291 2.5.5.2): `Flow.ip_version` is the packets', `Flow.socket_family` the socket's.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+from typing import Any, Self
+
+from .errors import ProtocolError
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True, order=True)
+class Endpoint:
+    """One end of a connection: the address as packets carry it (never v4-mapped) and the port, 1..65535."""
+
+    address: IPAddress
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ValueError(f"port {self.port} is outside 1..65535")
+        if isinstance(self.address, ipaddress.IPv6Address) and self.address.ipv4_mapped is not None:
+            raise ValueError(f"{self.address} is v4-mapped; an endpoint holds the IPv4 address itself")
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.port}" if self.address.version == 6 else f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Both ends of a connection. `mapped`: the socket is AF_INET6 though the packets are IPv4.
+    `scope_id`: interface index of a link-local peer (IPv6), else 0."""
+
+    local: Endpoint
+    peer: Endpoint
+    mapped: bool = False
+    scope_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.local.address.version != self.peer.address.version:
+            raise ValueError(f"{self.local} and {self.peer} are of different families")
+        if self.mapped and self.ip_version != 4:
+            raise ValueError("only an IPv4 flow can be v4-mapped")
+
+    @property
+    def ip_version(self) -> int:
+        return self.local.address.version
+
+    @property
+    def socket_family(self) -> int:
+        return socket.AF_INET6 if self.mapped or self.ip_version == 6 else socket.AF_INET
+
+    def socket_address(self, end: Endpoint) -> tuple[Any, ...]:
+        """The tuple that `socket.bind` and `connect` take for `end` on a socket of `socket_family`."""
+        if self.socket_family == socket.AF_INET:
+            return (str(end.address), end.port)
+        text = f"::ffff:{end.address}" if self.mapped else str(end.address)
+        return (text, end.port, 0, self.scope_id)
+
+    def __str__(self) -> str:
+        return f"{self.local} <-> {self.peer}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"local": [str(self.local.address), self.local.port], "peer": [str(self.peer.address), self.peer.port],
+                "mapped": self.mapped, "scope_id": self.scope_id}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Inverse of `to_json`; raises ProtocolError for anything else, since it reads what another host wrote."""
+        try:
+            (local, local_port), (peer, peer_port) = value["local"], value["peer"]
+            mapped, scope_id = value["mapped"], value["scope_id"]
+            if set(value) != {"local", "peer", "mapped", "scope_id"} or not isinstance(mapped, bool):
+                raise ValueError("unknown or missing fields")
+            if not all(type(number) is int for number in (local_port, peer_port, scope_id)):
+                raise ValueError("a port is not a number")
+            return cls(Endpoint(ipaddress.ip_address(str(local)), local_port),
+                       Endpoint(ipaddress.ip_address(str(peer)), peer_port), mapped, scope_id)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"not a flow: {error}") from None
+
+    @classmethod
+    def of_socket(cls, sock: socket.socket) -> Self:
+        """The flow of a connected socket."""
+        return cls.from_names(sock.getsockname(), sock.getpeername())
+
+    @classmethod
+    def from_names(cls, local: tuple[Any, ...], peer: tuple[Any, ...]) -> Self:
+        """From what getsockname() and getpeername() return. Raises ValueError for a port 0 (not bound)."""
+        addresses = [ipaddress.ip_address(str(name[0]).split("%")[0]) for name in (local, peer)]
+        plain: list[IPAddress] = []
+        mapped = False
+        for address in addresses:
+            inner = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+            mapped = mapped or inner is not None
+            plain.append(inner if inner is not None else address)
+        scope_id = int(peer[3]) if len(peer) == 4 else 0
+        return cls(Endpoint(plain[0], local[1]), Endpoint(plain[1], peer[1]), mapped, scope_id)

@@ -1,0 +1,277 @@
+"""What the two sides say to each other, and how it lies on the wire. Pure: bytes in, messages out.
+
+A frame is: length of what follows (u32, big endian), kind (u8), length of the header (u32), the header (JSON, the
+message's plain fields and the lengths of its blobs), the blobs. Every length is checked against a bound before anything
+is allocated for it; unknown kinds, fields and types are refused, and nothing may trail.
+
+The conversation, origin (O) and destination (D):
+
+    O->D  Hello      D->O  Hello                         versions; both are named when they differ
+    O->D  Stage      D->O  Staged | Refused              everything slow, nothing stopped yet
+    O->D  Prepare    D->O  Prepared | Aborted            the state; a dormant connection
+    O->D  Commit     D->O  Committed, then Active        the commit point lies between Commit and Committed
+    O->D  Abort      D->O  Aborted
+    O->D  Query      D->O  Aborted | Committed | Active | Lost
+                                                         after a failure: a Query of what was not committed aborts it
+    O->D  Activate   D->O  Active | Lost                 the state again, where the activation was interrupted
+    O->D  Settled                                        never asked about again
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .errors import ProtocolError
+
+PROTOCOL = 1
+_LENGTH = struct.Struct(">I")
+_HEAD = struct.Struct(">BI")
+MAX_HEADER = 1 << 16
+MAX_FRAME = 1 << 29  # two queues far beyond what any kernel allows, and the application's state
+MAX_SMALL_FRAME = 1 << 16  # of every message without blobs
+
+
+@dataclass(frozen=True)
+class Message:
+    """Base: plain fields are JSON values, `bytes` fields travel as blobs."""
+
+    kind: ClassVar[int]
+
+
+@dataclass(frozen=True)
+class Hello(Message):
+    """`boot_id`, `network`: which running kernel, and which network namespace (device, inode) the speaker is in."""
+
+    kind = 1
+    protocol: int
+    version: str
+    host: str
+    boot_id: str
+    network: list[int]
+
+
+@dataclass(frozen=True)
+class Stage(Message):
+    kind = 2
+    pass_id: str
+    flow: dict[str, Any]
+    into: str
+    redirect: str
+    options: list[str]
+
+
+@dataclass(frozen=True)
+class Staged(Message):
+    """`nonce` must come back with Prepare: an old state cannot be played again. `address_is_local`: the destination has
+    the flow's local address itself. `into`: what was found, for the report."""
+
+    kind = 3
+    pass_id: str
+    nonce: str
+    address_is_local: bool
+    into: str
+
+
+@dataclass(frozen=True)
+class Refused(Message):
+    kind = 4
+    pass_id: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Prepare(Message):
+    kind = 5
+    pass_id: str
+    nonce: str
+    inet_sk: bytes = field(repr=False)
+    tcp_stream: bytes = field(repr=False)
+    extras: bytes = field(repr=False)
+    app_state: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Prepared(Message):
+    kind = 6
+    pass_id: str
+    steps: list[Any]
+
+
+@dataclass(frozen=True)
+class Commit(Message):
+    """`elapsed_ms`: since the state was read, by the origin's clock: the TSval clock must not fall behind it."""
+
+    kind = 7
+    pass_id: str
+    elapsed_ms: int
+
+
+@dataclass(frozen=True)
+class Committed(Message):
+    kind = 8
+    pass_id: str
+
+
+@dataclass(frozen=True)
+class Active(Message):
+    """`left`: what the destination could not clean up. `notes`: what it could not carry and does no harm. `steps`:
+    [name, milliseconds] of its steps."""
+
+    kind = 9
+    pass_id: str
+    left: list[Any]
+    notes: list[Any]
+    steps: list[Any]
+
+
+@dataclass(frozen=True)
+class Abort(Message):
+    kind = 10
+    pass_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Aborted(Message):
+    kind = 11
+    pass_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Query(Message):
+    kind = 12
+    pass_id: str
+
+
+@dataclass(frozen=True)
+class Activate(Message):
+    kind = 13
+    pass_id: str
+    elapsed_ms: int
+    inet_sk: bytes = field(repr=False)
+    tcp_stream: bytes = field(repr=False)
+    extras: bytes = field(repr=False)
+    app_state: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Lost(Message):
+    kind = 14
+    pass_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Settled(Message):
+    """The origin will not ask about this pass again: the destination may forget that it committed."""
+
+    kind = 15
+    pass_id: str
+
+
+_KINDS: dict[int, type[Message]] = {
+    message.kind: message
+    for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
+                    Activate, Lost, Settled)}
+#: The annotation of a field -> its JSON type, and the type of a list's elements where that is fixed.
+_TYPES: dict[str, tuple[type, type | None]] = {
+    "int": (int, None), "str": (str, None), "bool": (bool, None), "list[int]": (list, int), "list[str]": (list, str),
+    "list[Any]": (list, None), "dict[str, Any]": (dict, None), "bytes": (bytes, None)}
+
+
+def _fields(kind: type[Message]) -> Iterator[tuple[str, type]]:
+    return ((one.name, _TYPES[str(one.type)][0]) for one in dataclasses.fields(kind))
+
+
+def _element_types(kind: type[Message]) -> dict[str, type | None]:
+    return {one.name: _TYPES[str(one.type)][1] for one in dataclasses.fields(kind)}
+
+
+def encode(message: Message) -> bytes:
+    """The message as a frame."""
+    header: dict[str, Any] = {}
+    blobs: list[bytes] = []
+    for name, type_ in _fields(type(message)):
+        value = getattr(message, name)
+        if type_ is bytes:
+            blobs.append(value)
+        else:
+            header[name] = value
+    header["blobs"] = [len(blob) for blob in blobs]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    size = _HEAD.size + len(text) + sum(header["blobs"])
+    if len(text) > MAX_HEADER or size > MAX_FRAME:
+        raise ProtocolError(f"a {type(message).__name__} of {size} bytes is too large to send")
+    return b"".join([_LENGTH.pack(size), _HEAD.pack(message.kind, len(text)), text, *blobs])
+
+
+class Decoder:
+    """Collects bytes and gives out the messages in them. After a ProtocolError the stream is unusable."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """Raises ProtocolError for the first frame that is not a message; those before it are lost with the stream."""
+        self._buffer += data
+        found: list[Message] = []
+        while (size := self._complete()) is not None:
+            frame = bytes(self._buffer[_LENGTH.size:_LENGTH.size + size])
+            del self._buffer[:_LENGTH.size + size]
+            found.append(_decode(frame))
+        return found
+
+    def _complete(self) -> int | None:
+        """The length of the frame at the front if all of it is here. A bad one is refused at its first bytes."""
+        if len(self._buffer) < _LENGTH.size + 1:
+            return None
+        size = int(_LENGTH.unpack_from(self._buffer)[0])
+        kind = _KINDS.get(self._buffer[_LENGTH.size])
+        if kind is None:
+            raise ProtocolError(f"message of unknown kind {self._buffer[_LENGTH.size]}: "
+                                "not criu-tcpcp at the other end?")
+        limit = MAX_FRAME if bytes in (type_ for _name, type_ in _fields(kind)) else MAX_SMALL_FRAME + _HEAD.size
+        if not _HEAD.size <= size <= limit:
+            raise ProtocolError(f"a {kind.__name__} of {size} bytes is out of bounds")
+        return size if len(self._buffer) >= _LENGTH.size + size else None
+
+
+def _decode(frame: bytes) -> Message:
+    number, header_length = _HEAD.unpack_from(frame)
+    kind = _KINDS[number]
+    if header_length > min(MAX_HEADER, len(frame) - _HEAD.size):
+        raise ProtocolError(f"the header of a {kind.__name__} is longer than the message")
+    position = _HEAD.size + header_length
+    try:
+        header = json.loads(frame[_HEAD.size:position])
+        lengths = header.pop("blobs")
+        if type(lengths) is not list:
+            raise ValueError("the lengths of the blobs are not a list")
+        elements = _element_types(kind)
+        values: dict[str, Any] = {}
+        for name, type_ in _fields(kind):
+            if type_ is bytes:
+                length = lengths.pop(0)
+                if type(length) is not int or not 0 <= length <= len(frame) - position:
+                    raise ValueError("a blob is longer than the message")
+                values[name] = frame[position:position + length]
+                position += length
+            else:
+                values[name] = header.pop(name)
+                if type(values[name]) is not type_:
+                    raise ValueError(f"{name} is not a {type_.__name__}")
+                element = elements[name]
+                if element is not None and any(type(one) is not element for one in values[name]):
+                    raise ValueError(f"{name} has an element that is not a {element.__name__}")
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError) as error:
+        raise ProtocolError(f"malformed {kind.__name__}: {error}") from None
+    if header or lengths or position != len(frame):
+        raise ProtocolError(f"a {kind.__name__} has unknown fields or trailing bytes")
+    return kind(**values)

@@ -1,0 +1,118 @@
+"""The table of socket options that a passed connection keeps: one row an option, and nothing else in the code knows
+one.
+
+A row says how the option is read (level, number, form), when it is written at the destination, which field of CRIU
+3.17's images holds it, and what happens where the destination cannot set it. Options without such a field travel beside
+the images, by name. An option that has the wanted value already is not written, since some have effects beyond their
+value. Not carried, because they are states of the moment and not settings: TCP_QUICKACK, SO_ERROR, SO_INCOMING_CPU.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+from dataclasses import dataclass
+
+#: What an option's value looks like in a state: a number, a pair (seconds, microseconds; on, seconds), or a name.
+OptionValue = int | tuple[int, int] | str
+
+
+class Form(enum.Enum):
+    """How the kernel hands the value over."""
+
+    INT = enum.auto()
+    TIMEVAL = enum.auto()  # struct __kernel_sock_timeval of two longs
+    LINGER = enum.auto()  # struct linger of two ints
+    TEXT = enum.auto()  # zero-terminated name
+
+
+class When(enum.IntEnum):
+    """The point of the restore at which the option is written."""
+
+    BEFORE_BIND = 1
+    CONNECTED = 2  # in repair: nothing that it triggers leaves the host
+    RUNNING = 3  # after the last repair-off, which clears or overrides it
+
+
+class Missing(enum.Enum):
+    """What to do where the destination's kernel refuses the value."""
+
+    REFUSE = "refuse"  # the connection would behave differently: the pass is undone
+    REPORT = "report"  # harmless: the report names it
+
+
+@dataclass(frozen=True)
+class Option:
+    """`write_number` and `write_halved`: set by another number, and with half the value (the kernel doubles it)."""
+
+    name: str
+    level: int
+    number: int
+    when: When
+    form: Form = Form.INT
+    criu: str | None = None
+    missing: Missing = Missing.REFUSE
+    ip_version: int | None = None
+    write_number: int | None = None
+    write_halved: bool = False
+
+
+_SOCKET, _TCP, _IP, _IP6 = socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6
+_EARLY, _LATE, _RUNNING = When.BEFORE_BIND, When.CONNECTED, When.RUNNING
+
+# Numbers: asm-generic/socket.h, linux/tcp.h, linux/in.h, linux/in6.h. The order is that of writing.
+TABLE: tuple[Option, ...] = (
+    Option("SO_BINDTODEVICE", _SOCKET, 25, _EARLY, Form.TEXT, criu="ifname"),
+    Option("IP_FREEBIND", _IP, 15, _EARLY, criu="ip_opts.freebind"),
+    Option("SO_MARK", _SOCKET, 36, _LATE, criu="opts.so_mark"),
+    Option("SO_PRIORITY", _SOCKET, 12, _LATE, criu="opts.so_priority", missing=Missing.REPORT),
+    Option("SO_DONTROUTE", _SOCKET, 5, _LATE, criu="opts.so_dontroute"),
+    Option("SO_RCVLOWAT", _SOCKET, 18, _RUNNING, criu="opts.so_rcvlowat"),
+    Option("SO_RCVTIMEO", _SOCKET, 20, _LATE, Form.TIMEVAL, criu="opts.so_rcv_tmo"),
+    Option("SO_SNDTIMEO", _SOCKET, 21, _LATE, Form.TIMEVAL, criu="opts.so_snd_tmo"),
+    Option("SO_LINGER", _SOCKET, 13, _LATE, Form.LINGER, criu="opts.so_linger"),
+    Option("SO_OOBINLINE", _SOCKET, 10, _LATE, criu="opts.so_oobinline"),
+    Option("SO_KEEPALIVE", _SOCKET, 9, _LATE, criu="opts.so_keepalive"),
+    Option("TCP_KEEPIDLE", _TCP, 4, _LATE, criu="opts.tcp_keepidle"),
+    Option("TCP_KEEPINTVL", _TCP, 5, _LATE, criu="opts.tcp_keepintvl"),
+    Option("TCP_KEEPCNT", _TCP, 6, _LATE, criu="opts.tcp_keepcnt"),
+    Option("SO_REUSEPORT", _SOCKET, 15, _LATE, criu="opts.so_reuseport"),
+    Option("SO_TIMESTAMP", _SOCKET, 29, _LATE, missing=Missing.REPORT),
+    Option("SO_TIMESTAMPNS", _SOCKET, 35, _LATE, missing=Missing.REPORT),
+    Option("SO_MAX_PACING_RATE", _SOCKET, 47, _LATE, missing=Missing.REPORT),
+    Option("TCP_CONGESTION", _TCP, 13, _LATE, Form.TEXT),
+    Option("TCP_NODELAY", _TCP, 1, _RUNNING),
+    Option("TCP_CORK", _TCP, 3, _RUNNING),
+    Option("TCP_SYNCNT", _TCP, 7, _LATE, missing=Missing.REPORT),
+    Option("TCP_LINGER2", _TCP, 8, _LATE, missing=Missing.REPORT),
+    Option("TCP_THIN_LINEAR_TIMEOUTS", _TCP, 16, _LATE, missing=Missing.REPORT),
+    Option("TCP_USER_TIMEOUT", _TCP, 18, _LATE),
+    Option("TCP_NOTSENT_LOWAT", _TCP, 25, _LATE, missing=Missing.REPORT),
+    Option("IP_TOS", _IP, 1, _LATE),
+    Option("IP_TTL", _IP, 2, _LATE),
+    Option("IP_MTU_DISCOVER", _IP, 10, _LATE),
+    Option("IP_PKTINFO", _IP, 8, _LATE, missing=Missing.REPORT),
+    Option("IP_RECVTTL", _IP, 12, _LATE, missing=Missing.REPORT),
+    Option("IP_RECVTOS", _IP, 13, _LATE, missing=Missing.REPORT),
+    Option("IPV6_UNICAST_HOPS", _IP6, 16, _LATE, ip_version=6),
+    Option("IPV6_TCLASS", _IP6, 67, _LATE, ip_version=6),
+    Option("IPV6_MTU_DISCOVER", _IP6, 23, _LATE, ip_version=6),
+    Option("IPV6_RECVPKTINFO", _IP6, 49, _LATE, missing=Missing.REPORT, ip_version=6),
+    # SO_PEEK_OFF moves with what is put into the receive queue; the buffers were forced large for the restore.
+    Option("SO_PEEK_OFF", _SOCKET, 42, _RUNNING),
+    Option("SO_SNDBUF", _SOCKET, 7, _RUNNING, criu="opts.so_sndbuf", write_number=32, write_halved=True),
+    Option("SO_RCVBUF", _SOCKET, 8, _RUNNING, criu="opts.so_rcvbuf", write_number=33, write_halved=True),
+    # Setting a buffer locks its size; this puts autotuning back as it was (Linux 5.14, 04190bf89438).
+    Option("SO_BUF_LOCK", _SOCKET, 72, _RUNNING, criu="opts.so_buf_lock", missing=Missing.REPORT),
+    # Repair on forces it, repair off clears it (net/ipv4/tcp.c, do_tcp_setsockopt TCP_REPAIR).
+    Option("SO_REUSEADDR", _SOCKET, 2, _RUNNING, criu="opts.reuseaddr"),
+)
+
+BY_NAME = {option.name: option for option in TABLE}
+
+
+def applying(socket_family: int, when: When | None = None) -> tuple[Option, ...]:
+    """The rows for a socket of this family, in order; those of one point of the restore if `when` is given."""
+    return tuple(option for option in TABLE
+                 if (option.ip_version is None or socket_family == socket.AF_INET6)
+                 and (when is None or option.when is when))

@@ -1,0 +1,206 @@
+"""From a state to the ordered steps that re-create it: order is data, `kernel.repair` knows only how to do one step.
+
+The order and its reasons (kernel = net/ipv4/tcp.c unless another file is named):
+
+dormant, in repair, nothing leaves the host:
+  1. SO_REUSEADDR before repair: after it, a bind beside a listener fails with EADDRINUSE.
+  2. Buffers large enough for both queues; they get their own sizes back at the end.
+  3. Transparent where the address is not the host's: it binds and connects (IP_FREEBIND only binds).
+  4. MSS before connect: later, the send MSS stays at 524 (tcp_sync_mss runs from connect).
+  5. Sequence numbers: legal only in CLOSE.
+  6. Connect: in repair, no SYN; then the negotiated options (legal while nothing was sent), then the timestamp clock,
+     since connect takes its unit from the route.
+  7. The queues: received bytes; sent bytes, which go into the retransmit queue. Unsent bytes are not written here.
+  8. The window, checked by the kernel against rcv_nxt, so after the receive queue.
+  9. A segment of the peer's, made here: it carries ts_recent, which has no setter, and the peer's FIN if that came.
+active, after the commit:
+ 10. The clock again, with the time that passed at the origin; only then may a segment leave the host. Then repair off:
+     silent (-1), or with a probe (0) where the peer waits for an acknowledgement.
+ 11. The unsent bytes: earlier than the final repair-off they can hang.
+ 12. The options that repair overrides or that act at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from . import tcp
+from .endpoint import Endpoint, Flow
+from .options import OptionValue, When, applying
+from .state import ConnectionState, Window
+from .tcp import TcpState
+
+_BUFFER_SLACK = 1 << 20  # skbs cost more than their bytes: truesize is up to twice the payload, plus one chunk
+
+
+@dataclass(frozen=True)
+class SetOption:
+    name: str
+    value: OptionValue
+
+
+@dataclass(frozen=True)
+class ForceBuffers:
+    """Bytes that each queue must be able to hold while it is filled."""
+
+    receive: int
+    send: int
+
+
+@dataclass(frozen=True)
+class AllowAnyReuse:
+    pass
+
+
+@dataclass(frozen=True)
+class EnterRepair:
+    pass
+
+
+@dataclass(frozen=True)
+class BeTransparent:
+    """Only where the local address is not the host's own; the executor knows."""
+
+
+@dataclass(frozen=True)
+class SetMaxSegment:
+    mss: int
+
+
+@dataclass(frozen=True)
+class Bind:
+    local: Endpoint
+
+
+@dataclass(frozen=True)
+class SetSequence:
+    queue: str  # "receive" | "send"
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Connect:
+    peer: Endpoint
+
+
+@dataclass(frozen=True)
+class SetNegotiated:
+    """TCP_REPAIR_OPTIONS; a window scale of None was not negotiated."""
+
+    mss_clamp: int
+    wscale: tuple[int, int] | None  # what we shift what the peer announces by, and what we announce by
+    sack: bool
+    timestamps: bool
+
+
+@dataclass(frozen=True)
+class SetTimestamp:
+    """The TSval clock in milliseconds: even, since bit 0 chooses microseconds (Linux 6.7, 614e8316aa4c)."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class FillQueue:
+    queue: str  # "receive" | "send"
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SetWindow:
+    window: Window
+
+
+@dataclass(frozen=True)
+class InjectSegment:
+    """A segment of the peer's that never was on the wire: see 9 above."""
+
+    sequence: int
+    acknowledgement: int
+    window: int  # as on the wire: scaled
+    timestamp: int | None
+    fin: bool
+
+
+@dataclass(frozen=True)
+class LeaveRepair:
+    probe: bool
+
+
+@dataclass(frozen=True)
+class WriteUnsent:
+    data: bytes = field(repr=False)
+
+
+Step = (SetOption | ForceBuffers | AllowAnyReuse | EnterRepair | BeTransparent | SetMaxSegment | Bind | SetSequence
+        | Connect | SetNegotiated | SetTimestamp | FillQueue | SetWindow | InjectSegment | LeaveRepair | WriteUnsent)
+
+
+def _options(state: ConnectionState, when: When) -> list[Step]:
+    return [SetOption(option.name, state.options[option.name])
+            for option in applying(state.flow.socket_family, when) if option.name in state.options]
+
+
+def later_timestamp(timestamp: int, elapsed_ms: int) -> int:
+    """The TSval clock `elapsed_ms` after it showed `timestamp`: even, and never behind what was sent (getsockopt
+    clears bit 0, so what was sent may be one more than it says)."""
+    return tcp.add(timestamp, elapsed_ms + 2) & ~1
+
+
+def dormant_steps(state: ConnectionState) -> list[Step]:
+    """Everything up to a connection that is complete and silent, in repair."""
+    negotiated, window, fin = state.negotiated, state.window, state.fin_received
+    steps: list[Step] = [AllowAnyReuse(), EnterRepair(),
+                         ForceBuffers(2 * len(state.received) + _BUFFER_SLACK, 2 * len(state.outgoing) + _BUFFER_SLACK),
+                         BeTransparent(), *_options(state, When.BEFORE_BIND),
+                         SetMaxSegment(min(negotiated.mss_clamp, tcp.MAX_MSS)), Bind(state.flow.local),
+                         SetSequence("receive", state.copied_seq), SetSequence("send", state.snd_una),
+                         Connect(state.flow.peer),
+                         SetNegotiated(negotiated.mss_clamp,
+                                       (negotiated.snd_wscale, negotiated.rcv_wscale) if negotiated.wscale else None,
+                                       negotiated.sack, negotiated.timestamps)]
+    if state.timestamp is not None:
+        steps.append(SetTimestamp(later_timestamp(state.timestamp, 0)))
+    if state.received:
+        steps.append(FillQueue("receive", state.received))
+    if state.sent:
+        steps.append(FillQueue("send", state.sent))
+    # The FIN is not in yet: rcv_nxt is one less, and so must be what is checked against it; the right edge stays.
+    rcv_wup = window.rcv_wup if tcp.distance(tcp.add(state.rcv_nxt, -fin), window.rcv_wup) >= 0 \
+        else tcp.add(window.rcv_wup, -1)
+    dormant_window = Window(window.snd_wl1, window.snd_wnd, window.max_window,
+                            tcp.add(window.rcv_wnd, tcp.distance(window.rcv_wup, rcv_wup)), rcv_wup)
+    steps.append(SetWindow(dormant_window))
+    if state.ts_recent is not None or fin:
+        # rcv_wup, not rcv_nxt: with an acknowledgement owed, a segment at rcv_nxt leaves ts_recent alone (tcp_input.c,
+        # tcp_replace_ts_recent).
+        steps.append(InjectSegment(sequence=tcp.add(state.rcv_nxt, -1) if fin else rcv_wup,
+                                   acknowledgement=state.snd_una,
+                                   window=min(window.snd_wnd >> negotiated.snd_wscale, 65535),
+                                   timestamp=state.ts_recent, fin=bool(fin)))
+    steps += _options(state, When.CONNECTED)
+    return steps
+
+
+def clock_steps(state: ConnectionState, elapsed_ms: int) -> list[Step]:
+    """Still in repair, before a segment may leave: the TSval clock, with the time that passed since the state was read,
+    by the origin's clock, so that it is not behind what the origin sent last."""
+    return [] if state.timestamp is None else [SetTimestamp(later_timestamp(state.timestamp, elapsed_ms))]
+
+
+def activation_steps(state: ConnectionState, written: int | None = None) -> list[Step]:
+    """From dormant to alive. `written`: None for a dormant connection; for one that an interrupted activation left
+    alive, how many of the unsent bytes it wrote."""
+    steps: list[Step] = []
+    if written is None:
+        steps.append(LeaveRepair(probe=state.owes_ack and state.tcp_state is TcpState.ESTABLISHED))
+    unsent = state.unsent_bytes[written or 0:]
+    if unsent:
+        steps.append(WriteUnsent(unsent))
+    steps += _options(state, When.RUNNING)
+    return steps
+
+
+def describe(flow: Flow, steps: list[Step]) -> list[str]:
+    """The plan as lines for --dry-run: names and numbers, never payload."""
+    return [f"{flow}: {step!r}" for step in steps]

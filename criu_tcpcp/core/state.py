@@ -1,0 +1,138 @@
+"""The connection state: everything the kernel knows of one endpoint that must move.
+
+    receive queue                                      send queue
+    copied_seq          rcv_nxt                        snd_una        snd_nxt        write_seq
+       |<--- received --->|<-- window -->|                |<--- sent --->|<-- unsent -->|
+       what the program    what the peer                  in flight,      not yet on
+       has not read yet    may still send                 not acked       the wire
+
+    copied_seq = rcv_nxt - len(received) - fin            snd_una = write_seq - len(outgoing)
+    snd_nxt = write_seq - unsent
+
+`fin` is 1 once the peer's FIN has arrived (CLOSE_WAIT): it takes one sequence number, so `rcv_nxt` stands behind it.
+A `ConnectionState` validates itself when made, because it may come from another host: what passes is bounded and
+consistent, though it may still be a lie (who may tell it is decided elsewhere).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from . import tcp
+from .endpoint import Flow
+from .options import OptionValue
+from .tcp import TcpState
+
+MAX_QUEUE = 1 << 30  # bytes; the kernel's own limit (tcp_rmem, tcp_wmem) is far below
+
+
+@dataclass(frozen=True)
+class Negotiated:
+    """What both sides agreed upon in the handshake. `mss_clamp`: the largest segment the peer takes, bytes."""
+
+    mss_clamp: int
+    wscale: bool
+    snd_wscale: int
+    rcv_wscale: int
+    sack: bool
+    timestamps: bool
+    ecn: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """struct tcp_repair_window (linux/tcp.h): bytes, unscaled, and sequence numbers."""
+
+    snd_wl1: int
+    snd_wnd: int
+    max_window: int
+    rcv_wnd: int
+    rcv_wup: int
+
+
+@dataclass(frozen=True)
+class Congestion:
+    """What the sender had learnt of the path, from TCP_INFO: segments, and times in microseconds."""
+
+    snd_cwnd: int
+    snd_ssthresh: int
+    rtt_us: int
+    rttvar_us: int
+    rto_us: int
+
+
+@dataclass(frozen=True)
+class ConnectionState:
+    """See the module's drawing. `timestamp`: the TSval clock, milliseconds; `ts_recent`: the peer's last TSval, the
+    TSecr of our next segment; both None where timestamps were not negotiated."""
+
+    flow: Flow
+    tcp_state: TcpState
+    rcv_nxt: int
+    received: bytes = field(repr=False)
+    write_seq: int
+    outgoing: bytes = field(repr=False)
+    unsent: int
+    negotiated: Negotiated
+    window: Window
+    timestamp: int | None
+    ts_recent: int | None
+    congestion: Congestion
+    options: Mapping[str, OptionValue]
+    nonblocking: bool = False
+
+    def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self) -> list[str]:
+        negotiated, window = self.negotiated, self.window
+        numbers = (self.rcv_nxt, self.write_seq, window.snd_wl1, window.snd_wnd, window.max_window, window.rcv_wnd,
+                   window.rcv_wup, self.timestamp or 0, self.ts_recent or 0)
+        checks = [
+            (self.tcp_state in tcp.PASSABLE_STATES, f"state {self.tcp_state.name} cannot be passed"),
+            (all(0 <= number < tcp.MODULUS for number in numbers), "a number is outside 0..2^32-1"),
+            (len(self.received) <= MAX_QUEUE and len(self.outgoing) <= MAX_QUEUE, "a queue is over 1 GiB"),
+            (0 <= self.unsent <= len(self.outgoing), "more bytes unsent than are in the send queue"),
+            (tcp.MIN_MSS <= negotiated.mss_clamp <= 65535, f"an MSS of {negotiated.mss_clamp} is out of bounds"),
+            (max(negotiated.snd_wscale, negotiated.rcv_wscale) <= tcp.MAX_WSCALE
+             and min(negotiated.snd_wscale, negotiated.rcv_wscale) >= 0, "a window scale is over 14 (RFC 7323 2.3)"),
+            (negotiated.wscale or negotiated.snd_wscale == negotiated.rcv_wscale == 0,
+             "a window scale that was not negotiated"),
+            ((self.timestamp is not None) == (self.ts_recent is not None) == negotiated.timestamps,
+             "timestamps are present if and only if they were negotiated"),
+            (tcp.distance(self.rcv_nxt, window.rcv_wup) >= 0, "rcv_wup is past rcv_nxt"),
+            (tcp.distance(tcp.add(self.rcv_nxt, window.rcv_wnd), window.snd_wl1) >= 0, "snd_wl1 is past the window"),
+        ]
+        return [text for holds, text in checks if not holds]
+
+    @property
+    def fin_received(self) -> int:
+        return 1 if self.tcp_state is TcpState.CLOSE_WAIT else 0
+
+    @property
+    def snd_una(self) -> int:
+        return tcp.add(self.write_seq, -len(self.outgoing))
+
+    @property
+    def snd_nxt(self) -> int:
+        return tcp.add(self.write_seq, -self.unsent)
+
+    @property
+    def copied_seq(self) -> int:
+        return tcp.add(self.rcv_nxt, -len(self.received) - self.fin_received)
+
+    @property
+    def sent(self) -> bytes:
+        """The part of the send queue that is in flight."""
+        return self.outgoing[:len(self.outgoing) - self.unsent]
+
+    @property
+    def unsent_bytes(self) -> bytes:
+        return self.outgoing[len(self.outgoing) - self.unsent:]
+
+    @property
+    def owes_ack(self) -> bool:
+        """Data arrived that no segment of ours has acknowledged yet."""
+        return self.rcv_nxt != self.window.rcv_wup
