@@ -1,0 +1,120 @@
+"""What /proc tells of processes and their descriptors (proc(5)). All of it is input: a process can lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..core.errors import KernelError, Refused
+from .syscalls import failing
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A process, told apart from a later one with the same number by its start time (clock ticks since boot)."""
+
+    pid: int
+    start_time: int
+
+
+def identity(pid: int) -> Identity:
+    """Refused where there is no such process, or it is a zombie or a kernel thread."""
+    fields = _stat(pid)
+    if fields is None:
+        raise Refused(f"there is no process {pid}")
+    if fields[0] in ("Z", "X"):
+        raise Refused(f"process {pid} has exited")
+    return Identity(pid, int(fields[19]))
+
+
+def is_alive(process: Identity) -> bool:
+    fields = _stat(process.pid)
+    return fields is not None and fields[0] not in ("Z", "X") and int(fields[19]) == process.start_time
+
+
+def run_state(pid: int) -> str:
+    """The letter that ps shows: R, S, D, T (stopped), t (traced); '' where there is no such process."""
+    fields = _stat(pid)
+    return fields[0] if fields else ""
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields behind the command's name, which may hold anything."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].decode("ascii", "replace").split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def name(pid: int) -> str:
+    """The process's own name for itself, made printable."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as comm:
+            return "".join(c if c.isprintable() else "?" for c in comm.read(64).decode("utf-8", "replace").strip())
+    except OSError:
+        return "?"
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """Descriptor number -> what it is ("socket:[12345]", a path, ...). Refused where that may not be seen."""
+    directory = f"/proc/{pid}/fd"
+    try:
+        numbers = sorted(int(entry) for entry in os.listdir(directory))
+    except FileNotFoundError:
+        raise Refused(f"there is no process {pid}") from None
+    except PermissionError:
+        raise Refused(f"the descriptors of process {pid} may not be seen", hint="run as root") from None
+    found = {}
+    for number in numbers:
+        try:
+            found[number] = os.readlink(f"{directory}/{number}")
+        except OSError:  # closed meanwhile
+            continue
+    return found
+
+
+def socket_inode(link: str) -> int | None:
+    """The inode in a descriptor's link, if it is a socket."""
+    if link.startswith("socket:[") and link.endswith("]"):
+        return int(link[8:-1])
+    return None
+
+
+def processes() -> Iterator[int]:
+    return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+
+
+def holders(inodes: set[int]) -> dict[int, set[int]]:
+    """Which processes have each of these sockets open: inode -> process ids. Looks at every process that it may see."""
+    found: dict[int, set[int]] = {inode: set() for inode in inodes}
+    for pid in processes():
+        try:
+            links = descriptors(pid).values()
+        except Refused:
+            continue
+        for link in links:
+            inode = socket_inode(link)
+            if inode is not None and inode in found:
+                found[inode].add(pid)
+    return found
+
+
+def network_namespace(pid: int) -> str:
+    """The path that names the process's network namespace."""
+    return f"/proc/{pid}/ns/net"
+
+
+def open_namespace(pid: int) -> int:
+    """A descriptor of the process's network namespace: it stays valid when the process ends."""
+    with failing(f"open {network_namespace(pid)}"):
+        return os.open(network_namespace(pid), os.O_RDONLY | os.O_CLOEXEC)
+
+
+def same_network(pid: int) -> bool:
+    """The process is in this thread's network namespace."""
+    try:
+        return os.stat(network_namespace(pid)).st_ino == os.stat("/proc/thread-self/ns/net").st_ino
+    except OSError as error:
+        raise KernelError(f"stat {network_namespace(pid)}", error.errno or 0, str(error)) from error

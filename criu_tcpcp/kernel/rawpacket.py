@@ -1,0 +1,185 @@
+"""Segments made and seen by hand, for the one value that no interface tells or sets: ts_recent.
+
+*Learnt* at the origin: the socket is made to send one segment, and a packet socket sees it leave; its TSecr is
+ts_recent. *Set* at the destination: a pure acknowledgement of the peer's, never on any wire, is given to the socket
+through the loopback path; marked, so that every rule of ours lets it by (RFC 7323 4.3 is what makes both work).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import select
+import socket
+import struct
+import time
+
+from ..core.endpoint import Endpoint, Flow
+from ..core.restoreplan import InjectSegment
+from .syscalls import check, failing, libc
+
+FIN, ACK = 0x01, 0x10
+_SO_MARK, _SO_ATTACH_FILTER, _IPV6_HDRINCL = 36, 26, 36
+_ETH_P_IP, _ETH_P_IPV6 = 0x0800, 0x86DD
+_ETH_P_ALL = 3  # what a host sends itself is shown to taps of all protocols only (net/core/dev.c dev_queue_xmit_nit)
+_PACKET_OUTGOING = 4
+_SKF_AD_OFF, _SKF_AD_PROTOCOL, _SKF_AD_PKTTYPE = 0xFFFFF000, 0, 4  # linux/filter.h
+
+
+def _checksum(data: bytes) -> int:
+    """RFC 1071."""
+    if len(data) % 2:
+        data += b"\0"
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def build_segment(source: Endpoint, destination: Endpoint, *, sequence: int, acknowledgement: int, flags: int,
+                  window: int, timestamps: tuple[int, int] | None = None, payload: bytes = b"") -> bytes:
+    """A whole IP packet that holds one TCP segment."""
+    options = struct.pack(">BBBBII", 1, 1, 8, 10, *timestamps) if timestamps is not None else b""
+    offset = (20 + len(options)) // 4 << 4
+    head = struct.pack(">HHIIBBHHH", source.port, destination.port, sequence, acknowledgement, offset, flags, window,
+                       0, 0)
+    length = len(head) + len(options) + len(payload)
+    pair = source.address.packed + destination.address.packed
+    if source.address.version == 4:
+        pseudo = pair + struct.pack(">BBH", 0, socket.IPPROTO_TCP, length)
+    else:
+        pseudo = pair + struct.pack(">IHBB", length, 0, 0, socket.IPPROTO_TCP)
+    checksum = _checksum(pseudo + head + options + payload)
+    segment = head[:16] + struct.pack(">H", checksum) + head[18:] + options + payload
+    if source.address.version == 4:  # the kernel fills in the header's checksum and, where it is 0, the identification
+        return struct.pack(">BBHHHBBH", 0x45, 0, 20 + length, 0, 0x4000, 64, socket.IPPROTO_TCP, 0) + pair + segment
+    return struct.pack(">IHBB", 6 << 28, length, socket.IPPROTO_TCP, 64) + pair + segment
+
+
+class Injector:
+    """Gives packets to this host's own stack. `mark`: on every packet, so that rules can tell them apart."""
+
+    def __init__(self, ip_version: int, mark: int) -> None:
+        self._version = ip_version
+        family = socket.AF_INET if ip_version == 4 else socket.AF_INET6
+        with failing("socket(SOCK_RAW)"):
+            self._socket = socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
+            if ip_version == 6:
+                self._socket.setsockopt(socket.IPPROTO_IPV6, _IPV6_HDRINCL, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
+
+    def deliver(self, flow: Flow, segment: InjectSegment) -> None:
+        """Hand the segment, from the peer, to the local end of the flow."""
+        stamps = (segment.timestamp, 0) if segment.timestamp is not None else None
+        packet = build_segment(flow.peer, flow.local, sequence=segment.sequence,
+                               acknowledgement=segment.acknowledgement,
+                               flags=ACK | (FIN if segment.fin else 0), window=segment.window, timestamps=stamps)
+        self._send(flow, packet)
+
+    def deliver_old_byte(self, flow: Flow, sequence: int, acknowledgement: int) -> None:
+        """A byte that was received long ago: the socket answers with a duplicate ACK (RFC 9293 3.10.7.4)."""
+        self._send(flow, build_segment(flow.peer, flow.local, sequence=sequence, acknowledgement=acknowledgement,
+                                       flags=ACK, window=0, payload=b"\0"))
+
+    def _send(self, flow: Flow, packet: bytes) -> None:
+        with failing("send of a made segment"):
+            self._socket.sendto(packet, (str(flow.local.address), 0))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Sniffer:
+    """Sees the segments of one flow that leave this host, from when it is made."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        with failing("socket(AF_PACKET)"):
+            # Protocol 0 first: nothing is received before the filter is in place.
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0)
+            program = _filter(flow)
+            buffer = ctypes.create_string_buffer(program)
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER,
+                                    struct.pack("HL", len(program) // 8, ctypes.addressof(buffer)))
+            self._socket.setblocking(False)
+        # All interfaces: struct sockaddr_ll with index 0, which socket.bind of Python 3.11 cannot say.
+        everywhere = struct.pack("=HHiHBB8x", socket.AF_PACKET, socket.htons(_ETH_P_ALL), 0, 0, 0, 0)
+        check("bind(AF_PACKET)", libc.bind(self._socket.fileno(), everywhere, len(everywhere)))
+
+    def next_tsecr(self, timeout_s: float) -> int | None:
+        """TSecr of the newest segment that left; None if none left in time."""
+        deadline = time.monotonic() + timeout_s
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        found: int | None = None
+        while found is None:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not poller.poll(remaining * 1000):
+                return None
+            while True:
+                try:
+                    data = self._socket.recv(256)
+                except BlockingIOError:
+                    break
+                stamps = _timestamps(data, self._flow.ip_version)
+                found = stamps[1] if stamps is not None else found
+        return found
+
+    def drain(self) -> None:
+        """Forget what left so far."""
+        while True:
+            try:
+                self._socket.recv(1)
+            except BlockingIOError:
+                return
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _timestamps(packet: bytes, version: int) -> tuple[int, int] | None:
+    """(TSval, TSecr) of a packet that the filter let by."""
+    start = (packet[0] & 15) * 4 if version == 4 else 40
+    if len(packet) < start + 20:
+        return None
+    options = packet[start + 20:start + (packet[start + 12] >> 4) * 4]
+    while options and options[0] != 0:
+        if options[0] == 1:
+            options = options[1:]
+            continue
+        if len(options) < 2 or options[1] < 2:
+            return None
+        if options[0] == 8 and options[1] == 10 and len(options) >= 10:
+            first, second = struct.unpack_from(">II", options, 2)
+            return first, second
+        options = options[options[1]:]
+    return None
+
+
+def _filter(flow: Flow) -> bytes:
+    """Classic BPF over the network header: TCP from the flow's local end to its peer (linux/filter.h)."""
+    load_word, load_half, load_byte = 0x20, 0x28, 0x30
+    load_half_x, load_header_length, jump_equal, give = 0x48, 0xB1, 0x15, 0x06
+    local, peer = flow.local, flow.peer
+    tests: list[tuple[int, int, int]] = [
+        (load_half, _SKF_AD_OFF + _SKF_AD_PROTOCOL, _ETH_P_IP if flow.ip_version == 4 else _ETH_P_IPV6),
+        (load_byte, _SKF_AD_OFF + _SKF_AD_PKTTYPE, _PACKET_OUTGOING)]
+    if flow.ip_version == 4:
+        tests.append((load_byte, 9, socket.IPPROTO_TCP))
+        places = ((12, local.address.packed), (16, peer.address.packed))
+    else:
+        tests.append((load_byte, 6, socket.IPPROTO_TCP))
+        places = ((8, local.address.packed), (24, peer.address.packed))
+    for offset, packed in places:
+        tests += [(load_word, offset + at, int.from_bytes(packed[at:at + 4], "big")) for at in range(0, len(packed), 4)]
+    instructions: list[tuple[int, int, int, int]] = []
+    for load, offset, value in tests:
+        instructions += [(load, 0, 0, offset), (jump_equal, 0, -1, value)]
+    if flow.ip_version == 4:
+        instructions.append((load_header_length, 0, 0, 0))  # X = 4 * (P[0] & 15)
+    ports = (load_half_x, 0) if flow.ip_version == 4 else (load_half, 40)
+    for at, value in ((0, local.port), (2, peer.port)):
+        instructions += [(ports[0], 0, 0, ports[1] + at), (jump_equal, 0, -1, value)]
+    instructions += [(give, 0, 0, 0x40000), (give, 0, 0, 0)]
+    last = len(instructions) - 1
+    return b"".join(struct.pack("HBBI", code, true, last - number - 1 if false == -1 else false, value)
+                    for number, (code, true, false, value) in enumerate(instructions))

@@ -1,0 +1,122 @@
+"""Addresses, next hops, and the routing rule that takes diverted packets to a local socket (rtnetlink, by pyroute2).
+
+The divert needs two things in routing: `ip rule fwmark MARK to ADDRESS lookup TABLE`, one for each foreign address with
+connections here, and in that table a route that calls everything local. `to ADDRESS` keeps it harmless where
+src_valid_mark is set: without, the source check would use the table too, and drop (fib_frontend.c).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.endpoint import IPAddress
+from ..core.errors import KernelError
+from .rules import MARK
+
+TABLE = 31900
+PRIORITY = 90
+_LOOPBACK_INDEX = 1
+_RTN_LOCAL, _SCOPE_HOST, _FR_ACT_TO_TBL = 2, 254, 1  # linux/rtnetlink.h, linux/fib_rules.h
+
+
+@contextlib.contextmanager
+def _route(call: str) -> Iterator[Any]:
+    """An rtnetlink connection in the calling thread's network namespace; pyroute2 is imported here: it is slow."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+    try:
+        with IPRoute() as route:
+            yield route
+    except NetlinkError as error:
+        raise KernelError(call, int(error.code), str(error.args[1] if len(error.args) > 1 else error)) from error
+    except OSError as error:
+        raise KernelError(call, error.errno or 0, str(error)) from error
+
+
+def _family(version: int) -> int:
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+@dataclass(frozen=True)
+class Hop:
+    """The way to an address: through `gateway`, or on the link itself where it is None; `interface` by index."""
+
+    gateway: IPAddress | None
+    interface: int
+    local: bool
+
+
+def way_to(address: IPAddress) -> Hop:
+    """How this host reaches the address. KernelError where it does not (ENETUNREACH, EHOSTUNREACH)."""
+    with _route(f"route to {address}") as route:
+        answer = route.route("get", dst=str(address), family=_family(address.version))[0]
+    gateway = answer.get_attr("RTA_GATEWAY")
+    return Hop(ipaddress.ip_address(gateway) if gateway else None, int(answer.get_attr("RTA_OIF") or 0),
+               answer["type"] == _RTN_LOCAL)
+
+
+def is_local(address: IPAddress) -> bool:
+    """The address is this host's own (in this network namespace)."""
+    try:
+        return way_to(address).local
+    except KernelError as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES):
+            return False
+        raise
+
+
+def add_divert(address: IPAddress) -> None:
+    """Make diverted packets for this address local. Idempotent."""
+    family = _family(address.version)
+    with _route(f"routing rule for {address}") as route:
+        with _tolerating(errno.EEXIST):
+            route.route("add", family=family, dst=_everything(address.version), type=_RTN_LOCAL, scope=_SCOPE_HOST,
+                        oif=_LOOPBACK_INDEX, table=TABLE)
+        if address not in _diverts(route, address.version):
+            with _tolerating(errno.EEXIST):
+                route.rule("add", **_rule(address))
+
+
+def sweep_diverts(version: int, needed: set[IPAddress]) -> None:
+    """Remove the rules for addresses that are not needed, and the table with the last of them. Idempotent."""
+    family = _family(version)
+    with _route("routing rules") as route:
+        present = _diverts(route, version)
+        for address in present - needed:
+            with _tolerating(errno.ENOENT):
+                route.rule("del", **_rule(address))
+        if not needed and list(route.get_routes(family=family, table=TABLE)):
+            with _tolerating(errno.ESRCH):
+                route.route("del", family=family, dst=_everything(version), type=_RTN_LOCAL, scope=_SCOPE_HOST,
+                            oif=_LOOPBACK_INDEX, table=TABLE)
+
+
+def _everything(version: int) -> str:
+    return "0.0.0.0/0" if version == 4 else "::/0"
+
+
+def _rule(address: IPAddress) -> dict[str, Any]:
+    return {"family": _family(address.version), "dst": str(address), "dst_len": 32 if address.version == 4 else 128,
+            "fwmark": MARK, "table": TABLE, "priority": PRIORITY, "action": _FR_ACT_TO_TBL}
+
+
+def _diverts(route: Any, version: int) -> set[IPAddress]:
+    return {ipaddress.ip_address(rule.get_attr("FRA_DST"))
+            for rule in route.get_rules(family=_family(version))
+            if rule.get_attr("FRA_FWMARK") == MARK and rule.get_attr("FRA_TABLE") == TABLE and rule.get_attr("FRA_DST")}
+
+
+@contextlib.contextmanager
+def _tolerating(number: int) -> Iterator[None]:
+    from pyroute2.netlink.exceptions import NetlinkError
+    try:
+        yield
+    except NetlinkError as error:
+        if error.code != number:
+            raise

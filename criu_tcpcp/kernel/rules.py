@@ -1,0 +1,271 @@
+"""The packet rules of a pass: who owns which table, and how long it stands.
+
+    table criu_tcpcp_hold_PID   `flags owner`: gone with the keeper, whatever ends it
+        held         prerouting -300   incoming packets of these connections wait in the keeper's packet queue
+        silent       output -300       what this host sends for these connections is dropped
+    table criu_tcpcp            stands until its last connection is released
+        moved_*      prerouting -299   go to the next hop in the set's name, and no further
+        fenced       prerouting -298   dropped, and dropped in output: this host does not speak for these connections
+        diverted     prerouting -150   are for this host though their address is not: marked, so that a routing rule
+                                       (routing.py) takes them to a local socket
+
+A packet released from the queue goes on *behind* `held`: where its connection is in a `moved` set by then, it takes the
+same way as those that come later, so a switch is one element added, and nothing slips past both. Packets that the
+tool itself hands to a local socket carry `MARK` and pass by all of it.
+
+Elements live `LIFETIME_S` from their last packet, `CLOSING_S` once one of them carried FIN or RST: an idle connection
+must not lose its rules, or the old host would answer the next packet with a RST.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+from collections.abc import Callable, Iterator
+
+from ..core.endpoint import Endpoint, Flow, IPAddress
+from ..core.errors import KernelError
+from . import netlink, nftables
+from .nftables import OUTPUT, PREROUTING, Chain, Component, Table
+
+TABLE = "criu_tcpcp"
+MARK = 0x7CB0C001
+LIFETIME_S = 5 * 86400  # nf_conntrack_tcp_timeout_established
+CLOSING_S = 600
+
+_SWEEPS = 20  # by other commands, at the very moments at which something is added
+_FENCED, _DIVERTED, _MOVED = "fenced", "diverted", "moved_"
+_ANYWHERE: dict[int, IPAddress] = {4: ipaddress.IPv4Address(0), 6: ipaddress.IPv6Address(0)}
+
+
+class Silence:
+    """Nothing leaves this host for these connections, for as long as this object, or its process, lives."""
+
+    def __init__(self, ip_version: int) -> None:
+        self._wire = netlink.NetlinkSocket()
+        self._table = Table(self._wire, f"{TABLE}_silent_{os.getpid()}_{self._wire.fileno()}", ip_version)
+        try:
+            self._table.create(nftables.TABLE_OWNER)
+            self._table.install(Component(ip_version, ("silent",), (_output_drop("silent", "silent", ip_version),)))
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, flow: Flow) -> None:
+        self._table.add("silent", [flow])
+
+    def close(self) -> None:
+        """The kernel removes the table with its owner."""
+        self._wire.close()
+
+
+class Hold:
+    """Packets of the chosen connections wait, instead of reaching the socket; and nothing leaves for a connection that
+    is silenced. Made before the freeze."""
+
+    def __init__(self, ip_version: int, queue_number: int) -> None:
+        self._wire = netlink.NetlinkSocket()
+        self._table = Table(self._wire, f"{TABLE}_hold_{os.getpid()}", ip_version)
+        self.queues = True
+        try:
+            self._table.create(nftables.TABLE_OWNER)
+            self._install(ip_version, queue_number)
+            self._table.install(Component(ip_version, ("silent",), (_output_drop("silent", "silent", ip_version),)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _install(self, version: int, number: int) -> None:
+        """The first of these that the kernel knows: `queue`, the xt target, or dropping (the peer sends again)."""
+        failure: KernelError | None = None
+        for queue in (nftables.queue_natively(number), nftables.queue_by_xt(number), nftables.drop()):
+            rules = (nftables.mark_is(MARK) + nftables.accept(),
+                     nftables.load_flow(version) + nftables.in_set("held") + queue)
+            try:
+                self._table.install(Component(version, ("held",), (Chain("held", PREROUTING, -300, rules),)))
+            except KernelError as error:
+                failure = failure or error
+                continue
+            self.queues = queue != nftables.drop()
+            return
+        if failure is not None:
+            raise failure
+
+    def add(self, flow: Flow) -> None:
+        self._table.add("held", [flow])
+
+    def remove(self, flow: Flow) -> bool:
+        return self._table.remove("held", flow)
+
+    def silence(self, flow: Flow) -> None:
+        self._table.add("silent", [flow])
+
+    def unsilence(self, flow: Flow) -> bool:
+        return self._table.remove("silent", flow)
+
+    def close(self) -> None:
+        """The kernel removes the table with its owner."""
+        self._wire.close()
+
+
+def _output_drop(name: str, set_name: str, version: int) -> Chain:
+    """What this host sends for the connections in the set is dropped, but for what the tool itself sends."""
+    return Chain(name, OUTPUT, -300, (
+        nftables.mark_is(MARK) + nftables.accept(),
+        nftables.load_flow(version, outgoing=True) + nftables.in_set(set_name) + nftables.drop()))
+
+
+class HostRules:
+    """The lasting table of one IP version, in the network namespace of the thread that makes this."""
+
+    def __init__(self, ip_version: int) -> None:
+        self.version = ip_version
+        self._wire = netlink.NetlinkSocket()
+        self._table = Table(self._wire, TABLE, ip_version)
+
+    def close(self) -> None:
+        self._wire.close()
+
+    # -- fence: this host does not speak for the connection, and does not hear it -------------------------------------
+
+    def _fence_component(self) -> Component:
+        version = self.version
+        return Component(version, (_FENCED,), (
+            Chain("fence_input", PREROUTING, -298, (
+                nftables.mark_is(MARK) + nftables.accept(),
+                nftables.load_flow(version) + nftables.in_set(_FENCED) + nftables.drop())),
+            _output_drop("fence_output", _FENCED, version)))
+
+    def prepare_fence(self) -> None:
+        """Make what `fence` needs, so that within the freeze it is one element. The first removal of an element in a
+        network namespace takes 2 ms, all later ones 0.1: it is done here, on a connection that nobody has."""
+        nobody = Flow(Endpoint(_ANYWHERE[self.version], os.getpid() % 65535 + 1), Endpoint(_ANYWHERE[self.version], 1))
+        self._add(self._fence_component(), nobody)
+        self._table.remove(_FENCED, nobody)
+
+    def fence(self, flow: Flow) -> None:
+        self._add(self._fence_component(), flow)
+
+    def unfence(self, flow: Flow) -> bool:
+        return self._table.remove(_FENCED, flow)
+
+    # -- moved: packets go to another host ----------------------------------------------------------------------------
+
+    def _moved_component(self, nexthop: IPAddress, interface: int, name: str = "") -> Component:
+        name = name or f"{_MOVED}{str(nexthop).replace('.', '_').replace(':', '_')}_if{interface}"
+        version, closing = self.version, f"{name}_closing"
+        load = nftables.load_flow(version)
+        away = nftables.duplicate(nexthop.packed, interface) + nftables.drop()
+        short = nftables.refresh(name, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
+        return Component(version, (name, closing), (Chain(name, PREROUTING, -299, (
+            nftables.mark_is(MARK) + nftables.accept(),
+            load + nftables.in_set(closing) + short + away,
+            load + nftables.in_set(name) + nftables.ends_connection() + short + away,
+            load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + away)),))
+
+    def prepare_move(self, nexthop: IPAddress, interface: int) -> str:
+        """Make what `move` needs for this next hop on this link; returns the name of the set."""
+        component = self._moved_component(nexthop, interface)
+        self._install(component)
+        return component.sets[0]
+
+    def move(self, flow: Flow, nexthop: IPAddress, interface: int) -> None:
+        self._add(self._moved_component(nexthop, interface), flow)
+
+    def stay(self, flow: Flow) -> bool:
+        """No longer moved anywhere."""
+        return self._remove(flow, _MOVED)
+
+    def is_moved(self, flow: Flow) -> bool:
+        return any(self._table.contains(name, flow) for name in self._table.set_names()
+                   if name.startswith(_MOVED) and not name.endswith("_closing"))
+
+    # -- divert: packets for an address that this host does not have --------------------------------------------------
+
+    def _divert_component(self) -> Component:
+        version, closing = self.version, f"{_DIVERTED}_closing"
+        load, mark = nftables.load_flow(version), nftables.set_mark(MARK)
+        short = nftables.refresh(_DIVERTED, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
+        return Component(version, (_DIVERTED, closing), (Chain(_DIVERTED, PREROUTING, -150, (
+            nftables.mark_is(MARK) + nftables.accept(),
+            load + nftables.in_set(closing) + short + mark + nftables.accept(),
+            load + nftables.in_set(_DIVERTED) + nftables.ends_connection() + short + mark
+            + nftables.accept(),
+            load + nftables.in_set(_DIVERTED) + nftables.refresh(_DIVERTED, LIFETIME_S) + mark + nftables.accept())),))
+
+    def divert(self, flow: Flow) -> None:
+        self._add(self._divert_component(), flow)
+
+    def is_diverted(self, flow: Flow) -> bool:
+        return self._table.contains(_DIVERTED, flow)
+
+    def undivert(self, flow: Flow) -> bool:
+        return self._remove(flow, _DIVERTED)
+
+    def diverted_addresses(self) -> set[IPAddress]:
+        """The local addresses that a routing rule is needed for."""
+        return {flow.local.address for flow in self._table.flows(_DIVERTED)}
+
+    # -- all ----------------------------------------------------------------------------------------------------------
+
+    def _install(self, component: Component) -> None:
+        def install() -> None:
+            self._table.create()
+            self._table.install(component)
+        self._though_swept(install, install)
+
+    def _add(self, component: Component, flow: Flow) -> None:
+        """One transaction where the component is installed, as it is within a freeze."""
+        self._though_swept(lambda: self._table.add(component.sets[0], [flow], LIFETIME_S),
+                           lambda: self._install(component))
+
+    @staticmethod
+    def _though_swept(attempt: Callable[[], None], repair: Callable[[], None]) -> None:
+        """Another command may remove what is empty at any instant: then it is made again."""
+        for _ in range(_SWEEPS):
+            try:
+                attempt()
+                return
+            except KernelError as error:
+                if not netlink.is_missing(error):
+                    raise
+            with contextlib.suppress(KernelError):
+                repair()
+        attempt()
+
+    def _remove(self, flow: Flow, prefix: str) -> bool:
+        """From every set with this prefix: also from that of connections that are closing."""
+        found = False
+        for name in self._table.set_names():
+            if name.startswith(prefix):
+                found = self._table.remove(name, flow) or found
+        return found
+
+    def flows(self) -> dict[str, list[Flow]]:
+        """What stands: set name -> connections, for `passes` and `release`."""
+        return {name: flows for name in self._table.set_names()
+                if not name.endswith("_closing") and (flows := self._table.flows(name))}
+
+    def sweep(self) -> bool:
+        """Remove what no connection needs; True when nothing stands any more. Safe beside other commands: a component
+        with a connection in it stays."""
+        for name in self._table.set_names():
+            if name.endswith("_closing"):
+                continue
+            if name == _FENCED:
+                self._table.remove_if_unused(self._fence_component())
+            elif name == _DIVERTED:
+                self._table.remove_if_unused(self._divert_component())
+            elif name.startswith(_MOVED):
+                self._table.remove_if_unused(self._moved_component(_ANYWHERE[self.version], 1, name))
+        return self._table.delete_if_unused()
+
+
+@contextlib.contextmanager
+def host_rules(ip_version: int) -> Iterator[HostRules]:
+    rules = HostRules(ip_version)
+    try:
+        yield rules
+    finally:
+        rules.close()

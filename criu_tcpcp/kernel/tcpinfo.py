@@ -1,0 +1,102 @@
+"""struct tcp_info and the two queue ioctls: what the kernel tells of a connection without repair mode (linux/tcp.h)."""
+
+from __future__ import annotations
+
+import fcntl
+import select
+import socket
+import struct
+import termios
+from dataclasses import dataclass
+
+from ..core.endpoint import Flow
+from ..core.errors import KernelError
+from ..core.tcp import TcpState
+from .syscalls import failing
+
+SIOCINQ = termios.FIONREAD
+SIOCOUTQ = termios.TIOCOUTQ
+_SIOCOUTQNSD = 0x894B  # linux/sockios.h
+_SO_COOKIE, _SO_MEMINFO = 57, 55
+_SK_MEMINFO_WMEM_ALLOC = 2  # linux/sock_diag.h
+
+_HEAD = struct.Struct("=8B24I")
+
+
+@dataclass(frozen=True)
+class TcpInfo:
+    """The fields we use; times in microseconds unless named otherwise."""
+
+    state: TcpState
+    options: int
+    snd_wscale: int
+    rcv_wscale: int
+    rto_us: int
+    snd_mss: int
+    unacked: int
+    last_data_sent_ms: int
+    last_data_recv_ms: int
+    rtt_us: int
+    rttvar_us: int
+    snd_ssthresh: int
+    snd_cwnd: int
+    total_retrans: int
+
+
+def read(sock: socket.socket) -> TcpInfo:
+    with failing("getsockopt(TCP_INFO)"):
+        data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    if len(data) < _HEAD.size:
+        raise KernelError("getsockopt(TCP_INFO)", 0, "the kernel's answer is too short")
+    fields = _HEAD.unpack_from(data)
+    scales, words = fields[6], fields[8:]
+    return TcpInfo(state=TcpState(fields[0]), options=fields[5], snd_wscale=scales & 15, rcv_wscale=scales >> 4,
+                   rto_us=words[0], snd_mss=words[2], unacked=words[4], last_data_sent_ms=words[9],
+                   last_data_recv_ms=words[11], rtt_us=words[15], rttvar_us=words[16], snd_ssthresh=words[17],
+                   snd_cwnd=words[18], total_retrans=words[23])
+
+
+def _ioctl(sock: socket.socket, name: str, request: int) -> int:
+    with failing(name):
+        return int(struct.unpack("=i", fcntl.ioctl(sock.fileno(), request, b"\0\0\0\0"))[0])
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """rcv_nxt - copied_seq, without the peer's FIN; stops at an urgent mark."""
+    return _ioctl(sock, "ioctl(SIOCINQ)", SIOCINQ)
+
+
+def unacknowledged_bytes(sock: socket.socket) -> int:
+    """write_seq - snd_una: in flight and unsent."""
+    return _ioctl(sock, "ioctl(SIOCOUTQ)", SIOCOUTQ)
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """write_seq - snd_nxt."""
+    return _ioctl(sock, "ioctl(SIOCOUTQNSD)", _SIOCOUTQNSD)
+
+
+def cookie(sock: socket.socket) -> int:
+    """The socket's own number, never used twice since boot (SO_COOKIE, Linux 4.12)."""
+    with failing("getsockopt(SO_COOKIE)"):
+        return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
+
+
+def bytes_below(sock: socket.socket) -> int:
+    """Bytes of this socket that are in qdiscs, drivers or packet queues (sk_wmem_alloc), by their memory."""
+    with failing("getsockopt(SO_MEMINFO)"):
+        data = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 64)
+    return int(struct.unpack_from("=I", data, 4 * _SK_MEMINFO_WMEM_ALLOC)[0])
+
+
+def has_urgent_data(sock: socket.socket) -> bool:
+    """Urgent data is waiting: no repair interface carries it, and it would leave a silent hole."""
+    poller = select.poll()
+    poller.register(sock, select.POLLPRI)
+    return bool(poller.poll(0))
+
+
+def flow_of(sock: socket.socket) -> Flow:
+    """The connection's addresses. KernelError where the socket is not connected."""
+    with failing("getpeername"):
+        return Flow.of_socket(sock)
