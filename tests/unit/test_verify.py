@@ -1,0 +1,545 @@
+"""The assertions on made-up conversations: each must find the one thing that was doctored, and let its near miss pass.
+
+`Talk` is a correct conversation: handshake, requests and answers, the passed end at the origin first and at the
+destination after `move`. Sequence numbers and timestamps begin just below 2^32, so every test crosses the wrap. Each
+test changes one packet, or adds one, and names the assertion that must object - and no other may.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.verify import (
+    Capture,
+    CaptureError,
+    Expectations,
+    Negotiated,
+    Packet,
+    PeerRecord,
+    Role,
+    Verdict,
+    builder,
+    check_application,
+    check_counters,
+    parse,
+    parse_netstat,
+    verify,
+)
+from criu_tcpcp.verify.packet import ACK, CWR, ECE, FIN, PSH, RST, SYN, Options
+from criu_tcpcp.verify.seq import ByteStore, RangeSet, before, difference, unwrap
+
+LOCAL = Endpoint(ipaddress.ip_address("10.0.0.1"), 80)
+PEER = Endpoint(ipaddress.ip_address("10.0.0.9"), 5555)
+FLOW = Flow(LOCAL, PEER)
+MACS = {Role.PEER: b"\2\0\0\0\0\x09", Role.ORIGIN: b"\2\0\0\0\0\1", Role.DESTINATION: b"\2\0\0\0\0\2"}
+MS = 1_000_000
+SCALE = 7
+STRICT = Expectations(offload=False, loss_free=True, fin_passed=False, fin_peer=False)
+ASKED = replace(STRICT, fin_passed=True, fin_peer=True)
+
+
+class Talk:
+    """Builds a conversation packet by packet. `at` is the passed end's host; both clocks tick in milliseconds."""
+
+    def __init__(self, *, timestamps: bool = True, sack: bool = True, ecn: bool = False) -> None:
+        self.packets: list[Packet] = []
+        self.at = Role.ORIGIN
+        self.now = 1_000_000_000_000
+        self.timestamps, self.sack, self.ecn = timestamps, sack, ecn
+        self.next = {True: 2**32 - 150, False: 2**32 - 50}       # by "from the peer"
+        self.clock = {True: 2**32 - 2, False: 2**32 - 5}
+        self.ticks = 0
+        self.window = 1000
+        bits = ECE | CWR if ecn else 0
+        self.say(True, flags=SYN | bits, ack=0)
+        self.say(False, flags=SYN | ACK | (ECE if ecn else 0))
+        self.say(True)
+
+    def say(self, from_peer: bool, payload: bytes = b"", flags: int = ACK, **changes: object) -> Packet:
+        self.now += MS
+        self.ticks += 1
+        syn = bool(flags & SYN)
+        tsval = (self.clock[from_peer] + self.ticks) % 2**32 if self.timestamps else None
+        heard = next((packet.options.tsval for packet in reversed(self.packets)
+                      if (packet.src == PEER) != from_peer), 0)
+        options = Options(0, 1460 if syn else None, SCALE if syn else None, self.sack and syn, (), tsval,
+                          None if tsval is None else heard)
+        packet = Packet(
+            time_ns=self.now, capture="peer", number=len(self.packets) + 1, ip_version=4,
+            src=PEER if from_peer else LOCAL, dst=LOCAL if from_peer else PEER, seq=self.next[from_peer],
+            ack=self.next[not from_peer], flags=flags, window=self.window, payload=payload, payload_len=len(payload),
+            options=options, ttl=64, tos=2 if self.ecn and payload else 0, df=True,
+            ether_src=MACS[Role.PEER if from_peer else self.at])
+        self.next[from_peer] = (self.next[from_peer] + packet.sequence_length) % 2**32
+        packet = replace(packet, **changes)     # type: ignore[arg-type]
+        packet = replace(packet, options=replace(packet.options, length=len(builder.options(packet.options))))
+        self.packets.append(packet)
+        return packet
+
+    def exchange(self, number: int = 3, request: int = 60, answer: int = 40) -> None:
+        for index in range(number):
+            self.say(True, bytes([index + 1]) * request, ACK | PSH)
+            self.say(False, bytes([index + 101]) * answer, ACK | PSH)
+            self.say(True)
+
+    def move(self) -> None:
+        self.at = Role.DESTINATION
+
+    def ack(self, **changes: object) -> Packet:
+        """An ordinary acknowledgement by the passed end, with changes."""
+        return self.say(False, **changes)       # type: ignore[arg-type]
+
+    def options(self, **changes: object) -> Packet:
+        """An acknowledgement with changed options."""
+        packet = self.ack()
+        self.packets[-1] = replace(packet, options=replace(packet.options, **changes))  # type: ignore[arg-type]
+        return self.packets[-1]
+
+
+def passed(talk: Talk | None = None) -> Talk:
+    """A talk that was passed and went on."""
+    talk = Talk() if talk is None else talk
+    talk.exchange()
+    talk.move()
+    talk.exchange()
+    return talk
+
+
+def capture(packets: list[Packet], role: Role = Role.PEER) -> Capture:
+    return Capture(role.value, role, tuple(replace(packet, capture=role.value) for packet in packets))
+
+
+def judge(talk: Talk, expect: Expectations = STRICT) -> Verdict:
+    """Through the bytes of a file, so that parser and assertions are tested together."""
+    return verify([parse(builder.pcap(builder.frames_of(talk.packets)), "peer.pcap")], FLOW, expect)
+
+
+def found(talk: Talk, expect: Expectations = STRICT) -> list[int]:
+    return sorted({violation.assertion for violation in judge(talk, expect).violations})
+
+
+@pytest.mark.parametrize("timestamps", [True, False])
+@pytest.mark.parametrize("ecn", [True, False])
+def test_a_correct_pass_is_clean_and_counted(timestamps: bool, ecn: bool) -> None:
+    talk = passed(Talk(timestamps=timestamps, ecn=ecn))
+    talk.say(True, flags=ACK | FIN)
+    talk.say(False, flags=ACK | FIN)
+    talk.say(True)
+    verdict = judge(talk, ASKED)
+    assert verdict.violations == ()
+    assert verdict.ok
+    assert verdict.not_checked == ("9: the peer's kernel counters: not given",
+                                   "10: the peer's application: no report given")
+    assert verdict.counts.packets == {"destination": 4, "origin": 4, "peer": 16}
+    assert verdict.counts.bytes == {"passed": 240, "peer": 360}
+    assert verdict.counts.retransmissions == {"passed": 0, "peer": 0}
+    assert verdict.negotiated == Negotiated(1460, SCALE, timestamps, True, ecn)
+    assert verdict.stall_ns == MS
+    assert verdict.to_json()["ok"] is True
+
+
+Doctor = Callable[[Talk], object]
+VIOLATIONS: list[tuple[int, str, Doctor]] = [
+    (1, "RST from the origin", lambda t: t.ack(flags=RST, ether_src=MACS[Role.DESTINATION])),
+    (1, "RST from the peer", lambda t: t.say(True, flags=RST)),
+    (1, "SYN after", lambda t: t.ack(flags=SYN, seq=77, ack=0)),
+    (1, "no application asked", lambda t: t.ack(flags=FIN | ACK)),
+    (2, "after the destination's first", lambda t: t.ack(ether_src=MACS[Role.ORIGIN])),
+    (3, "beyond what was sent", lambda t: t.ack(seq=t.next[False] + 1)),
+    (3, "differs", lambda t: t.say(False, b"X" * 40, seq=t.next[False] - 40)),
+    (3, "below SND.UNA", lambda t: t.ack(seq=t.next[False] - 2)),
+    (4, "less than the one before", lambda t: t.ack(ack=t.next[True] - 1, window=1001)),
+    (4, "more than the peer sent", lambda t: t.ack(ack=t.next[True] + 1, window=1000)),
+    (4, "without ACK", lambda t: t.ack(flags=PSH)),
+    (5, "went back by 128", lambda t: t.ack(window=999)),
+    (6, "less than the one before", lambda t: t.options(tsval=(t.packets[-2].options.tsval or 0) - 1)),
+    (6, "TSecr 0 was never sent", lambda t: t.options(tsecr=0)),
+    (6, "was never sent", lambda t: t.options(tsecr=5000)),
+    (6, "no timestamp", lambda t: t.options(tsval=None, tsecr=None)),
+    (7, "payload 1449 + options 12 > MSS 1460", lambda t: t.say(False, bytes(1449))),
+    (7, "beyond what the peer sent", lambda t: t.options(sack=((t.next[True] - 10, t.next[True] + 1),))),
+    (7, "is empty", lambda t: t.options(sack=((t.next[True] - 10, t.next[True] - 10),))),
+    (7, "before the peer's first byte", lambda t: t.options(sack=((2**32 - 150, 2**32 - 140),))),
+    (8, "TTL 63, was 64", lambda t: t.ack(ttl=63)),
+    (8, "DSCP 2, was 0", lambda t: t.ack(tos=8)),
+    (8, "DF 0, was 1", lambda t: t.ack(df=False)),
+    (8, "ECN was not negotiated", lambda t: t.ack(tos=2)),
+    (8, "ECN was not negotiated", lambda t: t.ack(flags=ACK | ECE)),
+    (9, "the passed end retransmitted 40", lambda t: t.say(False, b"\x67" * 40, seq=t.next[False] - 40)),
+    (9, "the peer retransmitted 60", lambda t: t.say(True, b"\3" * 60, seq=t.next[True] - 60)),
+]
+
+
+@pytest.mark.parametrize(("assertion", "text", "doctor"), VIOLATIONS, ids=[f"{row[0]} {row[1]}" for row in VIOLATIONS])
+def test_a_doctored_packet_is_found(assertion: int, text: str, doctor: Doctor) -> None:
+    talk = passed()
+    length = len(talk.packets)
+    doctor(talk)
+    expect = STRICT if assertion not in (3, 4) else replace(STRICT, loss_free="differs" not in text)
+    verdict = judge(talk, expect)
+    assert [violation.assertion for violation in verdict.violations] == [assertion]
+    (violation,) = verdict.violations
+    assert text.replace("from the origin", "from the destination") in violation.reason
+    assert isinstance(violation.packet, Packet)
+    assert violation.packet.number > length
+    assert str(assertion) in str(violation)
+    assert violation.to_json()["assertion"] == assertion
+    assert not verdict.ok
+
+
+def ack_of_peer_data(talk: Talk, **changes: object) -> None:
+    talk.say(True, b"z" * 60)
+    talk.ack(**changes)
+
+
+def probe_that_crosses_an_acknowledgement(talk: Talk) -> None:
+    talk.say(True, b"y" * 60)
+    una = talk.next[False]
+    talk.say(False, b"w" * 40)
+    talk.say(True, b"z" * 60)
+    talk.ack(seq=una - 1)
+
+
+NEAR_MISSES: list[tuple[str, Doctor]] = [
+    ("ACK equal", lambda t: t.ack()),
+    ("probe at SND.UNA-1", lambda t: t.ack(seq=t.next[False] - 1)),
+    ("probe at a SND.UNA whose successor is on its way", probe_that_crosses_an_acknowledgement),
+    ("keep-alive with a byte of garbage", lambda t: t.ack(seq=t.next[False] - 1, payload=b"?", payload_len=1)),
+    ("TSval equal", lambda t: t.options(tsval=t.packets[-2].options.tsval)),
+    ("TSval far ahead", lambda t: t.options(tsval=2**31 - 100)),
+    ("an old TSecr", lambda t: t.options(tsecr=t.packets[0].options.tsval)),
+    ("edge equal", lambda t: ack_of_peer_data(t, window=1000)),
+    ("payload fills the MSS", lambda t: t.say(False, bytes(1448))),
+    ("SACK up to what was sent", lambda t: t.options(sack=((t.next[True] - 10, t.next[True]),))),
+]
+
+
+@pytest.mark.parametrize(("name", "doctor"), NEAR_MISSES, ids=[name for name, _ in NEAR_MISSES])
+def test_a_near_miss_is_not_found(name: str, doctor: Doctor) -> None:
+    talk = passed()
+    doctor(talk)
+    assert judge(talk).violations == ()
+
+
+def test_tsecr_zero_is_legal_only_where_the_peers_clock_passed_zero() -> None:
+    talk = Talk()
+    talk.exchange(1)
+    talk.clock[True] = -talk.ticks - 1
+    talk.exchange(1)
+    assert talk.packets[-2].options.tsecr == 0
+    assert found(talk) == []
+
+
+def test_icmp_about_the_connection_is_found_and_other_icmp_is_not() -> None:
+    talk = passed()
+    frames = builder.frames_of(talk.packets)
+    other = replace(talk.packets[-1], src=replace(PEER, port=1))
+    for packet, expected in ((talk.packets[-1], [1]), (other, [])):
+        frame = builder.icmp(packet)
+        verdict = verify([parse(builder.pcap([*frames, (talk.now, frame, len(frame))]), "peer")], FLOW, STRICT)
+        assert [violation.assertion for violation in verdict.violations] == expected
+
+
+def test_a_window_that_reopens_and_one_that_does_not() -> None:
+    talk = passed()
+    talk.window = 0
+    talk.say(True, b"z" * 1000)
+    talk.ack(window=993)        # 993 * 128 + 1000 is 104 beyond the old edge
+    for _ in range(128):
+        talk.say(True, b"z" * 993)
+        edge = talk.packets[-2].window * 128
+        talk.ack(window=max(edge - 993 + 127, 0) // 128)
+    talk.say(True, b"z" * (talk.packets[-1].window * 128))
+    talk.ack(window=0)
+    assert found(talk) == [5]
+    assert found(replace_last(talk, flags=ACK | FIN), ASKED) == []
+    talk.ack(window=10)
+    assert found(talk) == []
+
+
+def replace_last(talk: Talk, **changes: object) -> Talk:
+    other = Talk()
+    other.packets = [*talk.packets[:-1], replace(talk.packets[-1], **changes)]      # type: ignore[arg-type]
+    return other
+
+
+def test_a_fin_does_not_move_and_nothing_lies_beyond_it() -> None:
+    talk = passed()
+    talk.ack(flags=ACK | FIN)
+    talk.ack()
+    again = talk.say(False, flags=ACK | FIN, seq=talk.next[False] - 1)
+    assert found(talk, ASKED) == []
+    talk.packets[-1] = replace(again, seq=again.seq - 3)
+    assert found(talk, ASKED) == [3]
+    talk.packets[-1] = replace(again, payload=b"x", payload_len=1, flags=ACK)
+    assert found(talk, replace(ASKED, loss_free=False)) == [3]
+
+
+def test_a_gap_is_judged_by_what_follows() -> None:
+    lossy = replace(STRICT, loss_free=False)
+    talk = passed()
+    hole = talk.next[False]
+    talk.next[False] += 40
+    talk.say(False, b"b" * 40)
+    assert found(talk, lossy) == [3]
+    filled = replace_last(talk)
+    filled.packets.append(replace(talk.packets[-1], seq=hole, number=99))
+    assert found(filled, lossy) == []
+    assert found(filled) == [3, 9]
+    talk.say(True)
+    verdict = judge(talk, lossy)
+    assert verdict.ok
+    assert "3: 40 bytes at seq" in verdict.not_checked[0]
+
+
+def test_what_was_not_negotiated_must_not_appear() -> None:
+    talk = passed(Talk(timestamps=False, sack=False))
+    talk.options(sack=((talk.next[True] - 10, talk.next[True]),))
+    assert found(talk) == [7]
+    talk = passed(Talk(timestamps=False))
+    talk.options(tsval=1, tsecr=1)
+    assert found(talk) == [6]
+
+
+def test_ecn_must_go_on_after_the_pass() -> None:
+    talk = Talk(ecn=True)
+    talk.exchange()
+    talk.move()
+    talk.ecn = False
+    talk.exchange(2)
+    assert found(talk) == []
+    talk.exchange(1)
+    assert found(talk) == [8]
+
+
+def test_the_ttl_may_differ_between_hosts_that_are_not_equally_far() -> None:
+    talk = passed()
+    talk.packets = [replace(packet, ttl=62) if packet.ether_src == MACS[Role.DESTINATION] else packet
+                    for packet in talk.packets]
+    assert found(talk) == [8]
+    verdict = judge(talk, replace(STRICT, equal_hops=False))
+    assert verdict.ok
+    assert "8: the TTL between the hosts (they are not equally far)" in verdict.not_checked
+    talk.packets[-2] = replace(talk.packets[-2], ttl=61)
+    assert found(talk, replace(STRICT, equal_hops=False)) == [8]
+
+
+def test_super_packets_are_legal_where_segmentation_comes_later() -> None:
+    talk = passed()
+    talk.say(False, bytes(20_000))
+    assert found(talk) == [7]
+    verdict = judge(talk, replace(STRICT, offload=True))
+    assert verdict.ok
+    assert "7: the MSS of 1 super-packets (captured before segmentation)" in verdict.not_checked
+
+
+def burst(silence_ms: int, repeat_from: int) -> Talk:
+    """The passed end sends three segments; after `silence_ms` it repeats from segment `repeat_from` on."""
+    talk = passed()
+    start = talk.next[False]
+    for _ in range(3):
+        talk.say(False, b"q" * 100)
+    talk.now += silence_ms * MS
+    for number in range(repeat_from, 3):
+        talk.say(False, b"q" * 100, seq=start + 100 * number)
+    return talk
+
+
+@pytest.mark.parametrize(("silence_ms", "repeat_from", "probes", "violations"), [
+    (20, 2, 1, []), (8, 2, 0, [9]), (250, 0, 0, [9, 9, 9]), (20, 1, 0, [9, 9])])
+def test_one_tail_loss_probe_is_reported_not_judged(silence_ms: int, repeat_from: int, probes: int,
+                                                    violations: list[int]) -> None:
+    talk = burst(silence_ms, repeat_from)
+    verdict = judge(talk)
+    assert [violation.assertion for violation in verdict.violations] == violations
+    assert verdict.counts.tail_loss_probes["passed"] == probes
+    assert verdict.counts.retransmissions["passed"] == 3 - repeat_from
+    if silence_ms > 200:
+        assert verdict.violations[0].reason.startswith("RTO")
+
+
+def test_a_second_tail_loss_probe_is_a_retransmission() -> None:
+    talk = burst(20, 2)
+    assert judge(talk).counts.tail_loss_probes["passed"] == 1
+    talk.now += 50 * MS
+    talk.say(False, b"q" * 100, seq=talk.next[False] - 200)
+    verdict = judge(talk)
+    assert [violation.assertion for violation in verdict.violations] == [9]
+    assert judge(talk, replace(STRICT, loss_free=False)).ok
+
+
+def test_the_stall_is_from_a_request_to_its_acknowledgement() -> None:
+    talk = Talk()
+    talk.exchange()
+    talk.say(True, b"one" * 10)
+    asked = talk.now
+    talk.now += 5 * MS
+    talk.ack(ack=talk.next[True] - 30)      # speaks, but does not acknowledge
+    talk.now += 7 * MS
+    talk.say(False, b"answer")
+    verdict = judge(talk)
+    assert verdict.ok
+    assert (verdict.stall.answer_ns, verdict.stall.silence_ns, verdict.stall.at_ns) == (14 * MS, 8 * MS, asked)
+    talk.say(True, b"two")
+    talk.now += 30 * MS
+    talk.say(True, b"three")
+    assert judge(talk).stall_ns == 31 * MS
+
+
+def egress(talk: Talk, role: Role) -> list[Packet]:
+    """What the capture at one host holds: its own packets, and the peer's."""
+    return [packet for packet in talk.packets if packet.ether_src in (MACS[role], MACS[Role.PEER])]
+
+
+def three(talk: Talk, at_peer: list[Packet] | None = None) -> list[Capture]:
+    return [capture(talk.packets if at_peer is None else at_peer), capture(egress(talk, Role.ORIGIN), Role.ORIGIN),
+            capture(egress(talk, Role.DESTINATION), Role.DESTINATION)]
+
+
+def test_a_packet_in_several_captures_is_one_packet() -> None:
+    talk = passed()
+    verdict = verify(three(talk), FLOW, STRICT)
+    assert verdict.ok
+    assert verdict.counts.packets == {"destination": 3, "origin": 4, "peer": 14}
+    assert verdict.counts.retransmissions == {"passed": 0, "peer": 0}
+    rst = talk.ack(flags=RST)
+    assert [violation.packet for violation in verify(three(talk), FLOW, STRICT).violations] == [rst]
+
+
+def test_what_left_a_host_and_did_not_arrive_counts_too() -> None:
+    talk = passed()
+    arrived = list(talk.packets)
+    lost = talk.say(False, b"W" * 40, seq=talk.next[False] - 40, ether_src=MACS[Role.ORIGIN])
+    verdict = verify(three(talk, arrived), FLOW, STRICT)
+    assert [(violation.assertion, violation.packet) for violation in verdict.violations] == [
+        (2, replace(lost, capture="origin")), (3, replace(lost, capture="origin"))]
+
+
+def test_egress_captures_alone_are_enough_for_most() -> None:
+    talk = passed()
+    verdict = verify(three(talk)[1:], FLOW, replace(STRICT, loss_free=False))
+    assert verdict.ok
+    assert any("no capture at the peer" in text for text in verdict.not_checked)
+    talk.ack(ether_src=MACS[Role.ORIGIN])
+    assert [violation.assertion for violation in
+            verify(three(talk)[1:], FLOW, replace(STRICT, loss_free=False)).violations] == [2]
+
+
+def test_one_source_address_does_not_tell_the_hosts() -> None:
+    talk = passed()
+    talk.packets = [replace(packet, ether_src=b"router") for packet in talk.packets]
+    verdict = judge(talk)
+    assert verdict.ok
+    assert any(text.startswith("2: which host") for text in verdict.not_checked)
+    assert verdict.counts.packets == {"peer": 14, "unknown": 7}
+
+
+def test_a_capture_from_the_middle_says_what_it_cannot_check() -> None:
+    talk = passed()
+    talk.packets = talk.packets[5:]
+    verdict = judge(talk)
+    assert verdict.ok
+    missing = [text[:2] for text in verdict.not_checked]
+    assert missing == ["5:", "6:", "7:", "7:", "8:", "9:", "10"]
+    known = replace(STRICT, negotiated=Negotiated(1460, SCALE, True, True, False))
+    assert [text[:2] for text in judge(talk, known).not_checked] == ["9:", "10"]
+    talk.ack(window=999)
+    assert found(talk) == []
+    assert found(talk, known) == [5]
+
+
+@given(st.integers(1, 20))
+def test_a_capture_may_begin_anywhere(start: int) -> None:
+    talk = passed()
+    talk.packets = talk.packets[start:]
+    assert judge(talk, replace(STRICT, negotiated=Negotiated(1460, SCALE, True, True, False))).violations == ()
+
+
+def test_the_connection_is_found_where_one_end_moved() -> None:
+    talk = passed()
+    assert verify([capture(talk.packets)]).flow == FLOW
+    with pytest.raises(CaptureError, match="1 connections in the captures, and 0 ends that moved"):
+        verify([capture(talk.packets[:6])])
+    with pytest.raises(CaptureError, match="no packet of"):
+        verify([capture(talk.packets)], Flow(LOCAL, replace(PEER, port=1)))
+    with pytest.raises(CaptureError, match="2 captures of"):
+        verify([capture(talk.packets), replace(capture(talk.packets), name="other")], FLOW)
+
+
+def test_a_snap_length_limits_the_comparison_of_bytes_only() -> None:
+    talk = passed()
+    talk.packets = [replace(packet, payload=packet.payload[:10]) for packet in talk.packets]
+    assert judge(talk).ok
+    lossy = replace(STRICT, loss_free=False)
+    again = talk.say(False, b"\x67" * 40, seq=talk.next[False] - 40)
+    assert found(talk, lossy) == []
+    talk.packets[-1] = replace(again, payload=b"\x67" * 9 + b"!" * 31)
+    assert found(talk, lossy) == [3]
+
+
+def test_counters_that_moved_and_others() -> None:
+    before_, after = {"TcpExtTCPTimeouts": 3, "TcpExtDelayedACKs": 1}, {"TcpExtTCPTimeouts": 3, "TcpExtDelayedACKs": 9}
+    assert check_counters(before_, after) == []
+    moved = check_counters(before_, {**after, "TcpExtTCPAbortOnData": 1, "TcpExtPAWSEstab": 2})
+    assert [violation.reason for violation in moved] == ["the peer's PAWSEstab went from 0 to 2",
+                                                        "the peer's TCPAbortOnData went from 0 to 1"]
+    assert {violation.assertion for violation in moved} == {9}
+    with pytest.raises(ValueError, match="no counters"):
+        check_counters({}, {})
+    text = "TcpExt: TCPTimeouts PAWSEstab\nTcpExt: 4 0\nIpExt: InOctets\nIpExt: 12\n"
+    assert parse_netstat(text) == {"TcpExtTCPTimeouts": 4, "TcpExtPAWSEstab": 0, "IpExtInOctets": 12}
+    with pytest.raises(CaptureError, match="netstat"):
+        parse_netstat("TcpExt: a b\nTcpExt: 1\n")
+
+
+def test_the_peers_application() -> None:
+    record = PeerRecord.from_json({"error": None, "stall_max_ns": 5 * MS, "requests": 1})
+    assert check_application(record) == []
+    assert check_application(record, 5 * MS) == []
+    assert [violation.assertion for violation in check_application(record, 4 * MS)] == [10]
+    assert "end of stream" in check_application(PeerRecord("end of stream", 0))[0].reason
+    for wrong in ({}, {"error": 1, "stall_max_ns": 1}, {"error": None, "stall_max_ns": -1}, None):
+        with pytest.raises(CaptureError, match="not a peer program's report"):
+            PeerRecord.from_json(wrong)
+    verdict = verify([capture(passed().packets)], FLOW, STRICT, counters=({"TCPTimeouts": 1}, {"TCPTimeouts": 2}),
+                     application=record, stall_budget_ns=MS)
+    assert [violation.assertion for violation in verdict.violations] == [9, 10]
+    assert verdict.not_checked == ()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(-2**31, 2**31 - 1))
+def test_sequence_arithmetic_wraps(number: int, step: int) -> None:
+    other = (number + step) % 2**32
+    assert difference(other, number) == step
+    assert before(other, number) == (step < 0)
+    assert unwrap(number + 2**40, other) == number + 2**40 + step
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=30))
+def test_range_set_is_a_set(ranges: list[tuple[int, int]]) -> None:
+    known: set[int] = set()
+    made = RangeSet()
+    for start, length in ranges:
+        piece = set(range(start, start + length))
+        assert made.add(start, start + length) == len(piece - known)
+        known |= piece
+        assert made.total == len(known)
+        assert made.covers(start - 3, start + length) == (set(range(start - 3, start + length)) <= known)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.binary(max_size=12)), max_size=20))
+def test_byte_store_remembers_the_first_byte_at_each_place(pieces: list[tuple[int, bytes]]) -> None:
+    known: dict[int, int] = {}
+    store = ByteStore()
+    for start, data in pieces:
+        wrong = [start + i for i, byte in enumerate(data) if known.get(start + i, byte) != byte]
+        assert store.add(start, data) == (wrong[0] if wrong else None)
+        for i, byte in enumerate(data):
+            known.setdefault(start + i, byte)
