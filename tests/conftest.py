@@ -1,0 +1,79 @@
+"""What all tests share: a lab, and the rule about skips.
+
+A test may be skipped because the kernel has no such thing (`capability`), or because it needs root. Where everything is
+meant to run (CRIU_TCPCP_TESTS_STRICT=1, as `./dev test` sets it), only the first is accepted: any other skip is a
+failure, so that a whole suite cannot go missing unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+
+import hypothesis
+import pytest
+
+from criu_tcpcp.lab import Lab
+from criu_tcpcp.transport.target import Target
+from loopback_sshd import loopback_sshd
+
+# How long an example takes says more about what else the machine does than about the code.
+hypothesis.settings.register_profile("shared machine", deadline=None,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shared machine")
+
+_KERNEL_LACKS = "kernel lacks"
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """Hosts of this test's own: it takes some 50 ms, so there is no reason to share them."""
+    with Lab() as built:
+        yield built
+
+
+@pytest.fixture(scope="module")
+def ssh_target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """A target that an sshd of this test file's own serves, on loopback."""
+    with loopback_sshd(tmp_path_factory.mktemp("sshd")) as target:
+        yield target
+
+
+@pytest.fixture
+def capability() -> Callable[[str, bool], None]:
+    """`capability("VXLAN", present)`: go on only if the kernel has it. Try the thing itself; never ask for versions."""
+
+    def require(what: str, present: bool) -> None:
+        if not present:
+            pytest.skip(f"{_KERNEL_LACKS} {what}")
+
+    return require
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") is not None and os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or hasattr(report, "wasxfail") or os.environ.get("CRIU_TCPCP_TESTS_STRICT") != "1":
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not reason.startswith(_KERNEL_LACKS):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where every test has to run: {reason}"

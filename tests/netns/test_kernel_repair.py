@@ -1,0 +1,560 @@
+"""TCP_REPAIR on real connections: what is read and re-created is the same connection, and the peer gets every byte."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from criu_tcpcp.core import tcp
+from criu_tcpcp.core.endpoint import Flow
+from criu_tcpcp.core.errors import KernelError
+from criu_tcpcp.core.options import BY_NAME, TABLE, Form, OptionValue, applying
+from criu_tcpcp.core.restoreplan import Step, activation_steps, clock_steps, dormant_steps
+from criu_tcpcp.core.state import ConnectionState
+from criu_tcpcp.core.tcp import TcpState
+from criu_tcpcp.kernel import netns, repair, sockopt, tcpinfo
+from criu_tcpcp.kernel.rawpacket import ACK, Injector, Sniffer, build_segment
+from criu_tcpcp.kernel.rules import MARK, Silence
+from criu_tcpcp.kernel.timestamps import learn_ts_recent
+from waiting import until
+
+pytestmark = pytest.mark.root
+
+FAMILIES = ["v4", "v6", "mapped"]
+RST, SYN = 4, 2
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """The test is in a network namespace of its own, which has nothing but a loopback of the size of an Ethernet."""
+    with netns.private():
+        subprocess.run(["ip", "-batch", "-"], input="link set lo mtu 1500\nlink set lo up\n", text=True, check=True)
+        yield
+
+
+def timestamps(on: bool) -> None:
+    with open("/proc/sys/net/ipv4/tcp_timestamps", "w") as file:
+        file.write(str(int(on)))
+
+
+def pair(family: str) -> tuple[socket.socket, socket.socket]:
+    """(the end that moves, its peer), connected over loopback."""
+    kind, address = (socket.AF_INET, "127.0.0.1") if family == "v4" else (socket.AF_INET6, "::1")
+    with socket.socket(kind, socket.SOCK_STREAM) as listener:
+        if family == "mapped":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            address = "::"
+        listener.bind((address, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        peer = socket.create_connection(("127.0.0.1" if family == "mapped" else address, port), 10)
+        moving, _ = listener.accept()
+    for one in (moving, peer):
+        one.settimeout(10)
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return moving, peer
+
+
+@contextlib.contextmanager
+def deaf(flow: Flow) -> Iterator[Callable[[], None]]:
+    """The moving end does not hear its peer, as under a hold; what the tool makes by hand gets through. Yields what
+    ends it early."""
+    rule = f"meta mark != {MARK:#x} tcp sport {flow.peer.port} tcp dport {flow.local.port} drop"
+    table = f"table inet deaf {{ chain input {{ type filter hook input priority 0; {rule}; }}; }}"
+    subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
+    stands = True
+
+    def hear() -> None:
+        nonlocal stands
+        if stands:
+            subprocess.run(["nft", "delete", "table", "inet", "deaf"], check=True)
+        stands = False
+
+    try:
+        yield hear
+    finally:
+        hear()
+
+
+@dataclass(frozen=True)
+class Seen:
+    flags: int
+    sequence: int
+    payload: int
+    stamps: tuple[int, int] | None
+
+
+class Tap:
+    """Every segment that leaves the moving end, by a packet socket of the test's own."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        self._socket.setblocking(False)
+
+    def take(self) -> list[Seen]:
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data, address = self._socket.recvfrom(70000)
+                if address[2] != 4:  # PACKET_OUTGOING: loopback shows everything twice
+                    continue
+                head = (data[0] & 15) * 4 if data[0] >> 4 == 4 else 40
+                if (data[9] if data[0] >> 4 == 4 else data[6]) != 6:
+                    continue
+                sport, dport, sequence, _ack, offset, flags = struct.unpack_from(">HHIIBB", data, head)
+                if (sport, dport) != (self._flow.local.port, self._flow.peer.port):
+                    continue
+                options = data[head + 20:head + (offset >> 4) * 4]
+                stamps = struct.unpack_from(">II", options, 4) if options[:4] == b"\1\1\10\12" else None
+                found.append(Seen(flags, sequence, len(data) - head - (offset >> 4) * 4, stamps))
+        return found
+
+    def first_within(self, timeout_s: float) -> Seen | None:
+        """What leaves first, if anything does in that time."""
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            select.select([self._socket], [], [], left_s)
+            if found := self.take():
+                return found[0]
+        return None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def learn(moving: socket.socket, flow: Flow, injector: Injector) -> int:
+    sniffer = Sniffer(flow)
+    try:
+        return learn_ts_recent(moving, flow, sniffer, injector, 0.5)
+    finally:
+        sniffer.close()
+
+
+def read(moving: socket.socket, injector: Injector) -> ConnectionState:
+    flow = tcpinfo.flow_of(moving)
+    moving.settimeout(None)  # as a borrowed socket is: with a time-out, Python would wait where the kernel would not
+    stamped = tcpinfo.read(moving).options & tcp.OPT_TIMESTAMPS
+    recent = learn(moving, flow, injector) if stamped else None
+    assert not stamped or recent
+    return repair.read_state(moving, sockopt.read_all(moving), False, recent)
+
+
+def restore(state: ConnectionState, injector: Injector) -> tuple[socket.socket, repair.Restorer]:
+    """Dormant, on the same host."""
+    fresh = socket.socket(state.flow.socket_family, socket.SOCK_STREAM)
+    restorer = repair.Restorer(fresh, transparent=False, inject=lambda segment: injector.deliver(state.flow, segment))
+    try:
+        restorer.run(dormant_steps(state))
+    except BaseException:
+        fresh.close()
+        raise
+    return fresh, restorer
+
+
+def alive_steps(state: ConnectionState) -> list[Step]:
+    return [*clock_steps(state, 1), *activation_steps(state)]
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        chunk = sock.recv(min(size - len(data), 1 << 16))
+        assert chunk, f"the end after {len(data)} of {size} bytes"
+        data += chunk
+    return bytes(data)
+
+
+@pytest.fixture
+def injector(request: pytest.FixtureRequest, alone: None) -> Iterator[Injector]:
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    made = Injector(6 if parameters.get("family") == "v6" else 4, MARK)
+    yield made
+    made.close()
+
+
+def acknowledge_part(flow: Flow, injector: Injector, *, sequence: int, upto: int, stamp: int | None) -> None:
+    """An acknowledgement of the peer's that covers only a part of a segment: made here, since a stack does not."""
+    injector._send(flow, build_segment(flow.peer, flow.local, sequence=sequence, acknowledgement=upto, flags=ACK,
+                                       window=500, timestamps=None if stamp is None else (stamp, 0)))
+
+
+@pytest.mark.parametrize("stamps", [True, False], ids=["timestamps", "bare"])
+@pytest.mark.parametrize("queues", ["empty", "both full", "partly acknowledged", "unsent"])
+@pytest.mark.parametrize("closing", [False, True], ids=["established", "close-wait"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_peer_cannot_tell(family: str, closing: bool, queues: str, stamps: bool, injector: Injector) -> None:
+    timestamps(stamps)
+    moving, peer = pair(family)
+    flow = tcpinfo.flow_of(moving)
+    tap = Tap(flow)
+    # Both have spoken, and the acknowledgements are in: from here on every byte counts.
+    peer.sendall(b"question")
+    assert receive(moving, 8) == b"question"
+    moving.sendall(b"answer")
+    assert receive(peer, 6) == b"answer"
+    until(lambda: tcpinfo.unacknowledged_bytes(moving) == 0, "the acknowledgement")
+    mss_before = tcpinfo.read(moving).snd_mss
+    assert mss_before == (1428 if family == "v6" else 1448) + (0 if stamps else 12)
+    unread = b"u" * 5000 if queues == "both full" else b""
+    peer.sendall(unread)
+    if closing:
+        peer.shutdown(socket.SHUT_WR)
+        until(lambda: tcpinfo.read(moving).state is TcpState.CLOSE_WAIT, "the FIN")
+    until(lambda: tcpinfo.unread_bytes(moving) == len(unread), "the bytes")
+    expected = b""
+    with deaf(flow) as hear:
+        if queues == "both full":
+            expected = bytes(range(256)) * 12
+        elif queues == "partly acknowledged":
+            expected = bytes(range(200)) * 5
+        elif queues == "unsent":
+            moving.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+            expected = bytes(range(256)) * 300
+        moving.sendall(expected)
+        if queues == "partly acknowledged":
+            until(lambda: select.select([peer], [], [], 0)[0], "it arrives")
+            stamp = learn(moving, flow, injector) if stamps else None
+            rcv_nxt, write_seq = repair.sequences(moving)
+            acknowledge_part(flow, injector, sequence=rcv_nxt, upto=tcp.add(write_seq, -300), stamp=stamp)
+            assert tcpinfo.unacknowledged_bytes(moving) == 300
+        state = read(moving, injector)
+        assert state.tcp_state is (TcpState.CLOSE_WAIT if closing else TcpState.ESTABLISHED)
+        assert state.received == unread
+        assert state.outgoing == (expected[-300:] if queues == "partly acknowledged" else expected)
+        assert (state.unsent > 0) == (queues == "unsent")
+        tap.take()
+        repair.end_silently(moving)
+        moving.close()
+        assert tap.take() == []
+        fresh, restorer = restore(state, injector)
+        restorer.run(alive_steps(state))
+        assert not repair.is_in_repair(fresh)
+        assert tcpinfo.read(fresh).snd_mss == mss_before
+        assert tcpinfo.read(fresh).state is state.tcp_state
+        hear()
+    fresh.settimeout(10)
+    assert receive(fresh, len(unread)) == unread
+    if closing:
+        assert fresh.recv(1) == b""
+    else:
+        peer.sendall(b"more" * 1000)
+        assert receive(fresh, 4000) == b"more" * 1000
+    fresh.sendall(b"the end")
+    assert receive(peer, len(expected) + 7) == expected + b"the end"
+    fresh.close()
+    assert peer.recv(1) == b""
+    said = tap.take()
+    assert said
+    assert not [one for one in said if one.flags & (RST | SYN)]
+    assert [one.stamps is not None for one in said] == [stamps] * len(said)
+    if stamps:
+        assert all(one.stamps is not None and one.stamps[1] for one in said), "a TSecr of 0"
+        values = [one.stamps[0] for one in said if one.stamps]
+        assert all(tcp.distance(later, sooner) >= 0 for sooner, later in itertools.pairwise(values))
+        assert state.timestamp is not None
+        assert tcp.distance(values[0], state.timestamp) >= 0, "the clock went back"
+    assert restorer.reports == []
+    tap.close()
+    peer.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_large_queues_both_ways(family: str, injector: Injector) -> None:
+    moving, peer = pair(family)
+    flow = tcpinfo.flow_of(moving)
+    for one in (moving, peer):
+        one.setsockopt(socket.SOL_SOCKET, 32, 4 << 20)  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
+        one.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)
+    blob = bytes(range(256)) * 4096
+    peer.setblocking(False)
+    queued = peer.send(blob)
+    until(lambda: tcpinfo.unread_bytes(moving) == queued or not tcpinfo.unacknowledged_bytes(peer), "they arrive")
+    queued = tcpinfo.unread_bytes(moving)
+    with deaf(flow) as hear:
+        moving.setblocking(False)
+        sent = moving.send(blob)
+        state = read(moving, injector)
+        assert (len(state.received), len(state.outgoing)) == (queued, sent)
+        assert sent > 1 << 19
+        repair.end_silently(moving)
+        moving.close()
+        fresh, restorer = restore(state, injector)
+        restorer.run(alive_steps(state))
+        hear()
+    fresh.settimeout(10)
+    peer.settimeout(10)
+    assert receive(fresh, queued) == blob[:queued]
+    assert receive(peer, sent) == blob[:sent]
+    fresh.close()
+    peer.close()
+
+
+def test_reading_changes_nothing(injector: Injector) -> None:
+    """Cancelled after the reading, the program goes on with the very socket."""
+    moving, peer = pair("v4")
+    moving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    moving.setsockopt(socket.SOL_SOCKET, 42, 3)  # SO_PEEK_OFF
+    peer.sendall(b"0123456789")
+    until(lambda: tcpinfo.unread_bytes(moving) == 10, "the bytes")
+    before = sockopt.read_all(moving)
+    with deaf(tcpinfo.flow_of(moving)):
+        first, second = read(moving, injector), read(moving, injector)
+    assert first.received == second.received == b"0123456789"
+    assert (first.rcv_nxt, first.write_seq) == (second.rcv_nxt, second.write_seq)
+    assert sockopt.read_all(moving) == before
+    assert not repair.is_in_repair(moving)
+    assert moving.recv(10) == b"0123456789"
+    moving.sendall(b"answer")
+    assert receive(peer, 6) == b"answer"
+    moving.close()
+    peer.close()
+
+
+def test_a_dormant_socket_dies_in_silence(injector: Injector) -> None:
+    """The destination may fail at any time before the commit: the origin's connection lives on."""
+    moving, peer = pair("v4")
+    peer.sendall(b"unread")
+    until(lambda: tcpinfo.unread_bytes(moving) == 6, "the bytes")
+    tap = Tap(tcpinfo.flow_of(moving))
+    with deaf(tcpinfo.flow_of(moving)):
+        state = read(moving, injector)
+        repair.end_silently(moving)
+        moving.close()
+        tap.take()
+        for _ in range(3):
+            fresh, _restorer = restore(state, injector)
+            fresh.close()
+        again, restorer = restore(state, injector)
+        assert tap.take() == []
+        restorer.run(alive_steps(state))
+    assert again.recv(6) == b"unread"
+    again.sendall(b"x")
+    assert peer.recv(1) == b"x"
+    again.close()
+    peer.close()
+    tap.close()
+
+
+@pytest.mark.parametrize("what", ["nothing owed", "a FIN received", "bytes in flight"])
+def test_a_dormant_socket_stays_silent(what: str, injector: Injector) -> None:
+    """Repair mode stops no timer: a rule has to. Until the commit the origin alone answers the peer, so neither a
+    delayed acknowledgement (40 ms) nor a retransmission (1 s) may leave: those that would are awaited."""
+    moving, peer = pair("v4")
+    flow = tcpinfo.flow_of(moving)
+    exchange = b"12345678"
+    peer.sendall(exchange)
+    assert receive(moving, 8) == exchange
+    if what == "a FIN received":
+        peer.shutdown(socket.SHUT_WR)
+        until(lambda: tcpinfo.read(moving).state is TcpState.CLOSE_WAIT, "the FIN")
+    with deaf(flow):
+        if what == "bytes in flight":
+            moving.sendall(b"x" * 1000)
+        state = read(moving, injector)
+        repair.end_silently(moving)
+        moving.close()
+        tap = Tap(flow)
+        silence = Silence(flow.ip_version)
+        silence.add(flow)
+        fresh, _restorer = restore(state, injector)
+        assert tap.first_within(1.5 if what == "bytes in flight" else 0.3) is None
+        fresh.close()
+        assert tap.take() == []
+        silence.close()
+    tap.close()
+    peer.close()
+
+
+def test_an_owed_acknowledgement_is_sent_at_once(injector: Injector) -> None:
+    """The peer's bytes came, their delayed acknowledgement did not leave: after the switch it does, before its RTO."""
+    moving, peer = pair("v4")
+    flow = tcpinfo.flow_of(moving)
+    peer.sendall(b"a" * 100)
+    assert receive(moving, 100) == b"a" * 100
+    # No delayed acknowledgement on demand: so the acknowledgement is dropped, and the state says that it is owed.
+    state = read(moving, injector)
+    with deaf(flow) as hear:
+        repair.end_silently(moving)
+        moving.close()
+        state = replace(state, received=b"", window=replace(
+            state.window, rcv_wup=tcp.add(state.rcv_nxt, -50), rcv_wnd=state.window.rcv_wnd + 50))
+        tap = Tap(flow)
+        fresh, restorer = restore(state, injector)
+        assert tap.take() == []
+        restorer.run(alive_steps(state))
+        said = tap.take()
+        assert len(said) == 1
+        assert said[0].payload == 0
+        hear()
+    tap.close()
+    fresh.close()
+    peer.close()
+
+
+@pytest.mark.parametrize("written", [0, 1, 1000, 20000])
+def test_an_activation_that_was_interrupted_goes_on(written: int, injector: Injector) -> None:
+    """write_seq tells how many of the unsent bytes are in."""
+    moving, peer = pair("v4")
+    moving.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+    blob = bytes(range(256)) * 200
+    with deaf(tcpinfo.flow_of(moving)) as hear:
+        moving.sendall(blob)
+        state = read(moving, injector)
+        assert state.unsent >= 20000
+        repair.end_silently(moving)
+        moving.close()
+        fresh, restorer = restore(state, injector)
+        assert repair.written_since(fresh, state) == 0
+        if written:
+            assert fresh.gettimeout() is None
+            repair.set_repair(fresh, repair.REPAIR_ON)
+            repair.set_repair(fresh, repair.REPAIR_OFF_SILENT)
+            fresh.sendall(state.unsent_bytes[:written])
+        assert repair.written_since(fresh, state) == written
+        if not written:
+            repair.set_repair(fresh, repair.REPAIR_ON)
+        restorer.run(activation_steps(state, written) if written else alive_steps(state))
+        hear()
+    assert receive(peer, len(blob)) == blob
+    fresh.close()
+    peer.close()
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+#: A value that no fresh socket has; getsockopt's own form.
+UNUSUAL: dict[str, OptionValue] = {
+    "SO_BINDTODEVICE": "lo", "IP_FREEBIND": 1, "SO_MARK": 7, "SO_PRIORITY": 5, "SO_DONTROUTE": 1, "SO_RCVLOWAT": 3,
+    "SO_RCVTIMEO": (3, 500000), "SO_SNDTIMEO": (4, 0), "SO_LINGER": (1, 9), "SO_OOBINLINE": 1, "SO_KEEPALIVE": 1,
+    "TCP_KEEPIDLE": 111, "TCP_KEEPINTVL": 22, "TCP_KEEPCNT": 3, "SO_REUSEPORT": 1, "SO_TIMESTAMP": 1,
+    "SO_TIMESTAMPNS": 1, "SO_MAX_PACING_RATE": 123456789, "TCP_CONGESTION": "reno", "TCP_NODELAY": 1, "TCP_CORK": 1,
+    "TCP_SYNCNT": 3, "TCP_LINGER2": 17, "TCP_THIN_LINEAR_TIMEOUTS": 1, "TCP_USER_TIMEOUT": 12345,
+    "TCP_NOTSENT_LOWAT": 16384, "IP_TOS": 0x28, "IP_TTL": 33, "IP_MTU_DISCOVER": 3, "IP_PKTINFO": 1, "IP_RECVTTL": 1,
+    "IP_RECVTOS": 1, "IPV6_UNICAST_HOPS": 44, "IPV6_TCLASS": 0x28, "IPV6_MTU_DISCOVER": 3, "IPV6_RECVPKTINFO": 1,
+    "SO_PEEK_OFF": 4, "SO_SNDBUF": 100000, "SO_RCVBUF": 120000, "SO_BUF_LOCK": 3, "SO_REUSEADDR": 1}
+
+
+def test_every_option_has_an_unusual_value_here() -> None:
+    assert set(UNUSUAL) == {option.name for option in TABLE}
+
+
+def set_plainly(sock: socket.socket, name: str, value: OptionValue) -> None:
+    """As a program would: by setsockopt, knowing nothing of the table but the number."""
+    option = BY_NAME[name]
+    if isinstance(value, str):
+        sock.setsockopt(option.level, option.number, value.encode())
+    elif isinstance(value, tuple):
+        packed = struct.pack("=qq" if option.form is Form.TIMEVAL else "=ii", *value)
+        sock.setsockopt(option.level, option.number, packed)
+    else:
+        sock.setsockopt(option.level, option.number, value // 2 if name in ("SO_SNDBUF", "SO_RCVBUF") else value)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_option_comes_back(family: str, name: str, injector: Injector,
+                              capability: Callable[[str, bool], None]) -> None:
+    moving, peer = pair(family)
+    if BY_NAME[name] not in applying(moving.family):
+        moving.close()
+        peer.close()
+        return
+    usual = sockopt.read_all(moving)
+    capability(name, name in usual)
+    set_plainly(moving, name, UNUSUAL[name])
+    assert sockopt.read(moving, BY_NAME[name]) == UNUSUAL[name]
+    if name not in ("TCP_NODELAY", "SO_PEEK_OFF"):
+        assert usual[name] != UNUSUAL[name], "not unusual"
+    with deaf(tcpinfo.flow_of(moving)):
+        state = read(moving, injector)
+        wanted = dict(state.options)
+        repair.end_silently(moving)
+        moving.close()
+        fresh, restorer = restore(state, injector)
+        restorer.run(alive_steps(state))
+    assert restorer.reports == []
+    assert sockopt.read_all(fresh) == wanted
+    fresh.close()
+    peer.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untouched_socket_keeps_every_default(family: str, injector: Injector) -> None:
+    """Above all the buffers' autotuning, which setting a size ends."""
+    moving, peer = pair(family)
+    before = sockopt.read_all(moving)
+    with deaf(tcpinfo.flow_of(moving)):
+        state = read(moving, injector)
+        repair.end_silently(moving)
+        moving.close()
+        fresh, restorer = restore(state, injector)
+        restorer.run(alive_steps(state))
+    assert sockopt.read_all(fresh) == before
+    assert restorer.reports == []
+    fresh.close()
+    peer.close()
+
+
+# -- ends --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("full", [False, True], ids=["empty", "queues full"])
+@pytest.mark.parametrize("way", ["silently", "as eof"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_endpoint_ends_without_a_packet(family: str, way: str, full: bool) -> None:
+    moving, peer = pair(family)
+    flow = tcpinfo.flow_of(moving)
+    tap = Tap(flow)
+    with deaf(flow):
+        if full:
+            moving.sendall(b"x" * 5000)
+            until(lambda: select.select([peer], [], [], 0)[0], "they leave")
+            tap.take()
+        ours = moving.dup()  # the tool's copy of the program's socket
+        (repair.end_silently if way == "silently" else repair.end_as_eof)(ours)
+        ours.close()
+        assert not repair.is_in_repair(moving)
+        if way == "as eof":
+            assert moving.recv(10) == b""
+            with pytest.raises(OSError):
+                moving.send(b"x", socket.MSG_NOSIGNAL)
+        else:
+            with pytest.raises(ConnectionAbortedError):
+                moving.recv(10)
+            with pytest.raises((BrokenPipeError, OSError)):
+                moving.send(b"x", socket.MSG_NOSIGNAL)
+        moving.close()
+        assert tap.take() == []
+        if full:
+            assert receive(peer, 5000) == b"x" * 5000
+        peer.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            peer.recv(1)
+    tap.close()
+    peer.close()
+
+
+def test_repair_needs_a_connection() -> None:
+    with socket.socket() as unconnected, pytest.raises(KernelError, match="getpeername"):
+        tcpinfo.flow_of(unconnected)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(KernelError, match="TCP_REPAIR"):
+        repair.set_repair(listener, repair.REPAIR_ON)
+
+
+def test_urgent_data_is_seen() -> None:
+    moving, peer = pair("v4")
+    assert not tcpinfo.has_urgent_data(moving)
+    peer.send(b"!", socket.MSG_OOB)
+    until(lambda: tcpinfo.has_urgent_data(moving), "it arrives")
+    moving.close()
+    peer.close()
