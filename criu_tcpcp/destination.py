@@ -1,0 +1,322 @@
+"""The destination's side of a pass: what each action of the handoff does here.
+
+`serve` stages it (target found and asked, rules made, a record in the journal), then lets the executor run it. Until
+the commit everything can go without a packet: the socket is in repair, and the fence keeps this host from speaking for
+the connection or hearing it, whatever a restored socket might want to say.
+
+`Destination.recovered` is for a later serve that is asked about the pass (Query): the verdict in the journal answers.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+from typing import ClassVar
+
+from . import graft
+from .core import messages
+from .core.endpoint import Flow
+from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
+from .core.handoff import Action, DestinationState, Event
+from .core.image import Image, decode
+from .core.messages import Message, Stage
+from .core.restoreplan import activation_steps, clock_steps, dormant_steps
+from .core.state import ConnectionState
+from .journal import Journal
+from .kernel import repair, routing, sockdiag
+from .kernel.rawpacket import Injector
+from .kernel.rules import MARK, HostRules
+from .redirect.forward import DivertAtDestination
+from .rehearsal import rehearse
+from .transport.wire import Wire
+
+_PREPARED_TIMEOUT_S = 10.0
+# Until the state comes, the origin may wait for a quiet instant, or for its application.
+_TIMEOUTS_S = {DestinationState.READY: 60.0, DestinationState.INTERRUPTED: 30.0}
+
+
+class Destination:
+    """See the module."""
+
+    def __init__(self, journal: Journal, wire: Wire, flow: Flow, into: str) -> None:
+        self.name = "destination"
+        self.journal = journal
+        self.flow = flow
+        self.nonce = secrets.token_hex(16)
+        self.address_is_local = False
+        self.left: list[str] = []
+        self.notes: list[str] = []
+        self.steps: list[tuple[str, float]] = []
+        self._into = into
+        self._wire = wire
+        self._machine_state = DestinationState.READY
+        self._graft: graft.Graft | None = None
+        self._rules: HostRules | None = None
+        self._was_moved = False
+        self._divert: DivertAtDestination | None = None
+        self._injector: Injector | None = None
+        self._sock: socket.socket | None = None
+        self._state: ConnectionState | None = None
+        self._message: messages.Prepare | messages.Activate | None = None
+        self._elapsed_ms = 0
+        self._written: int | None = None
+        self._reason = ""
+
+    # -- staging -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def staged(cls, stage: Stage, wire: Wire) -> Destination:
+        """Find the way in, make the rules. Refused: nothing of it stands."""
+        flow = Flow.from_json(stage.flow)
+        side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into)
+        try:
+            side._stage()
+        except BaseException:
+            side._take_back()
+            raise
+        return side
+
+    def _stage(self) -> None:
+        flow = self.flow
+        for address in (flow.local.address, flow.peer.address):
+            if address.is_loopback or address.is_multicast or address.is_unspecified:
+                raise Refused(f"a connection with the address {address} cannot live here")
+        if routing.is_local(flow.peer.address):
+            raise Refused(f"the peer {flow.peer.address} is the destination host itself")
+        try:
+            routing.way_to(flow.peer.address)
+        except KernelError as error:
+            raise Refused(f"the destination has no route to the peer {flow.peer.address}: {error.message}") from None
+        self.address_is_local = routing.is_local(flow.local.address)
+        used = sockdiag.state_of(flow)
+        if used is not None:
+            raise Refused(f"the destination has a connection {flow} already (state {used.label})")
+        self._graft = graft.find(self._into, flow)
+        self.journal.create()
+        self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local)
+        self._make_rules()
+
+    def _make_rules(self) -> None:
+        self._rules = HostRules(self.flow.ip_version)
+        self._was_moved = self._rules.is_moved(self.flow)
+        self._rules.prepare_fence()
+        self._rules.fence(self.flow)
+        if not self.address_is_local:
+            self._divert = DivertAtDestination()
+            self._divert.stage(self._rules, self.flow)
+        self._injector = Injector(self.flow.ip_version, MARK)
+        rehearse(self.flow.ip_version)
+
+    @property
+    def into(self) -> str:
+        return self._graft.description if self._graft is not None else self._into
+
+    # -- the executor's side -------------------------------------------------------------------------------------------
+
+    def follow(self, state: DestinationState) -> None:
+        self._machine_state = state
+
+    def failed(self, error: TcpcpError) -> None:
+        self._reason = str(error)
+
+    def timeout_s(self) -> float | None:
+        return _TIMEOUTS_S.get(self._machine_state, _PREPARED_TIMEOUT_S)
+
+    def next_event(self, timeout_s: float | None) -> Event:
+        try:
+            message = self._wire.receive(timeout_s)
+        except LinkTimeout:
+            return Event.TIMEOUT
+        return self.received(message)
+
+    def received(self, message: Message) -> Event:
+        if getattr(message, "pass_id", None) != self.journal.pass_id:
+            raise ProtocolError("the origin speaks of another pass")
+        match message:
+            case messages.Prepare():
+                if not secrets.compare_digest(message.nonce, self.nonce):
+                    raise ProtocolError("a state that was not made for this pass")
+                self._message = message
+            case messages.Activate():
+                self._message = message
+                self._elapsed_ms = message.elapsed_ms
+            case messages.Commit():
+                self._elapsed_ms = message.elapsed_ms
+            case messages.Abort():
+                self._reason = message.reason
+        try:
+            return Event(type(message).__name__)
+        except ValueError:
+            raise ProtocolError(f"unexpected {type(message).__name__}") from None
+
+    def perform(self, action: Action) -> Event | None:
+        return self._ACTIONS[action](self)
+
+    # -- before the commit ---------------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """A complete connection, dormant. What the origin says about it is believed only where it fits what was
+        staged."""
+        state = self._decoded()
+        sock = socket.socket(state.flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock = sock
+        self._restorer(sock).run(dormant_steps(state))
+        sock.setblocking(True)
+
+    def _decoded(self) -> ConnectionState:
+        message = self._message
+        if message is None:
+            raise ProtocolError("there is no state to restore")
+        state = decode(Image(message.inet_sk, message.tcp_stream, message.extras))
+        if state.flow != self.flow:
+            raise ProtocolError(f"the state is of {state.flow}, staged was {self.flow}")
+        self._state = state
+        return state
+
+    def _restorer(self, sock: socket.socket) -> repair.Restorer:
+        injector = self._injector
+        if injector is None:
+            raise Refused("the pass was not staged")
+        restorer = repair.Restorer(sock, transparent=not self.address_is_local,
+                                   inject=lambda segment: injector.deliver(self.flow, segment))
+        restorer.reports = self.notes
+        return restorer
+
+    def _graft_dormant(self) -> None:
+        way, sock, message = self._graft, self._sock, self._message
+        if way is None or sock is None or message is None:
+            raise Refused("the pass was not staged")
+        way.graft(self.journal.pass_id, sock, self.flow, message.app_state)
+
+    def _write_prepared(self) -> None:
+        self.journal.write("prepared")
+
+    def _send_prepared(self) -> None:
+        self._wire.send(messages.Prepared(self.journal.pass_id, [list(step) for step in self.steps]))
+
+    def _check_target(self) -> None:
+        """The last moment to refuse: the program that is to have the connection is still there."""
+        if self._graft is None:
+            raise Refused("the pass was not staged")
+        self._graft.check()
+
+    # -- the commit point ----------------------------------------------------------------------------------------------
+
+    def _decide_committed(self) -> Event:
+        return self._decided(self.journal.decide("committed"))
+
+    def _decide_aborted(self) -> Event:
+        if not self.journal.exists():
+            self.journal.create()
+        return self._decided(self.journal.decide("aborted"))
+
+    def _decided(self, verdict: str) -> Event:
+        if verdict == "aborted":
+            return Event.DECIDED_ABORTED
+        return Event.DECIDED_ACTIVE if self.journal.field("active") else Event.DECIDED_COMMITTED
+
+    def _send_committed(self) -> None:
+        self._wire.send(messages.Committed(self.journal.pass_id))
+
+    def _unfence(self) -> None:
+        """From here on this host hears the connection and speaks for it; its clock must be right by then."""
+        sock, state, rules = self._sock, self._state, self._rules
+        if sock is None or state is None or rules is None:
+            raise Refused("the pass was not staged")
+        if self._written is None:
+            self._restorer(sock).run(clock_steps(state, self._elapsed_ms))
+        rules.unfence(self.flow)
+        if self._was_moved:  # this host had passed the connection away: it comes home
+            rules.stay(self.flow)
+
+    def _activate(self) -> None:
+        """Alive, and the application's. May be done again after an interruption: what is done already is left out."""
+        sock, state, way = self._sock, self._state, self._graft
+        if sock is None or state is None or way is None:
+            raise Refused("the pass was not staged")
+        self._restorer(sock).run(activation_steps(state, self._written))
+        way.activate(self.journal.pass_id)
+        sock.close()
+        self._sock = None
+
+    def _write_active(self) -> None:
+        self.journal.write("active")
+
+    def _send_active(self) -> None:
+        self._wire.send(messages.Active(self.journal.pass_id, list(self.left), list(self.notes),
+                                        [list(step) for step in self.steps]))
+
+    # -- the other outcomes --------------------------------------------------------------------------------------------
+
+    def _discard(self) -> None:
+        """Nothing of the pass stays. In repair every close is silent; a connection that was alive already ends as one
+        whose program ended."""
+        if self._graft is not None:
+            self._graft.discard(self.journal.pass_id)
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        self._take_back()
+
+    def _take_back(self) -> None:
+        rules = self._rules
+        if rules is not None:
+            # A host that has passed this connection away before keeps its fence: packets still come by here.
+            if not rules.is_moved(self.flow):
+                rules.unfence(self.flow)
+            if self._divert is not None:
+                self._divert.undo(rules, self.flow)
+            rules.sweep()
+        if self.journal.verdict() != "committed":
+            self.journal.remove()
+
+    def _send_aborted(self) -> None:
+        self._wire.send(messages.Aborted(self.journal.pass_id, self._reason or "it was undone"))
+
+    def _send_lost(self) -> None:
+        self._wire.send(messages.Lost(self.journal.pass_id, self._reason or "the destination's program has gone"))
+
+    # -- recovery ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def recovered(cls, journal: Journal, wire: Wire) -> Destination:
+        """For a pass that an earlier serve staged."""
+        staged = journal.field("staged")
+        if staged is None:
+            raise ProtocolError(f"the journal knows nothing of pass {journal.pass_id}")
+        side = cls(journal, wire, Flow.from_json(staged["flow"]), staged["into"])
+        side.name = "recovery"
+        side.address_is_local = not staged["divert"]
+        side._rules = HostRules(side.flow.ip_version)
+        if staged["divert"]:
+            side._divert = DivertAtDestination()
+        return side
+
+    def _reclaim(self) -> None:
+        """The connection that the interrupted activation left with the application, or else a new one from the
+        state."""
+        state = self._decoded()
+        self._make_rules()
+        self._graft = graft.find(self._into, self.flow)
+        sock = self._graft.reclaim(self.journal.pass_id)
+        if sock is None:
+            self._restore()
+            self._graft_dormant()
+            return
+        self._sock = sock
+        if not repair.is_in_repair(sock):
+            self._written = repair.written_since(sock, state)
+
+    def close(self) -> None:
+        for part in (self._sock, self._graft, self._injector, self._rules):
+            if part is not None:
+                part.close()
+
+    _ACTIONS: ClassVar[dict[Action, Callable[[Destination], Event | None]]] = {
+        Action.RESTORE: _restore, Action.GRAFT: _graft_dormant, Action.WRITE_PREPARED: _write_prepared,
+        Action.SEND_PREPARED: _send_prepared, Action.CHECK_TARGET: _check_target,
+        Action.DECIDE_COMMITTED: _decide_committed, Action.DECIDE_ABORTED: _decide_aborted,
+        Action.UNFENCE: _unfence, Action.DISCARD: _discard, Action.ACTIVATE: _activate,
+        Action.RECLAIM: _reclaim, Action.WRITE_ACTIVE: _write_active, Action.SEND_COMMITTED: _send_committed,
+        Action.SEND_ACTIVE: _send_active, Action.SEND_ABORTED: _send_aborted, Action.SEND_LOST: _send_lost}

@@ -1,0 +1,146 @@
+"""What this host can do, tried on the real thing: each feature is one function that does it and undoes it.
+
+Kernel versions are never compared: a vendor's kernel has what it has. `check` runs them in a network namespace of its
+own, so that nothing of the host is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .core.criu import messages as load_criu_messages
+from .core.errors import Refused, TcpcpError, UsageError
+from .journal import prepare_run_directory
+from .kernel import netns, repair, syscalls
+from .kernel.grace import GracePeriod
+from .kernel.nfqueue import PacketQueue
+from .kernel.rawpacket import Injector
+from .kernel.rules import MARK, Hold, HostRules
+from .kernel.tracee import Tracee
+from .origin import greet
+from .rehearsal import rehearse
+from .transport.link import open_link
+from .transport.target import Target
+from .transport.wire import Wire
+
+
+@dataclass(frozen=True)
+class Feature:
+    """`problem`: None where it works. Without a `required` one nothing can be passed; the others have a substitute."""
+
+    name: str
+    meaning: str
+    required: bool
+    problem: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "works": self.problem is None, "required": self.required,
+                "meaning": self.meaning, "problem": self.problem}
+
+
+def _repair() -> None:
+    with socket.socket() as sock, repair.in_repair(sock):
+        pass
+
+
+def _hold() -> None:
+    for version in (4, 6):
+        queue = PacketQueue()
+        hold = Hold(version, queue.number)
+        hold.close()
+        queue.close()
+        if not hold.queues:
+            raise Refused("no rule of this kernel can send packets to a queue: they are dropped during a pass instead")
+
+
+def _rules() -> None:
+    for version in (4, 6):
+        rules = HostRules(version)
+        rules.prepare_fence()
+        rules.sweep()
+        rules.close()
+
+
+def _raw() -> None:
+    for version in (4, 6):
+        Injector(version, MARK).close()
+
+
+def _grace() -> None:
+    grace = GracePeriod()
+    fast = grace.fast
+    grace.wait()
+    grace.close()
+    if not fast:
+        raise Refused("no TUN interface: a grace period takes some 10 ms instead of 0.2")
+
+
+def _stop() -> None:
+    pid = os.fork()
+    if not pid:
+        while True:
+            os.sched_yield()
+    try:
+        tracee = Tracee(pid)
+        tracee.stop(1)
+        tracee.resume()
+        os.close(syscalls.pidfd_getfd(syscalls.pidfd_open(pid), 2))
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+def _images() -> None:
+    load_criu_messages()
+
+
+def _restore() -> None:
+    for version in (4, 6):
+        rehearse(version)
+
+
+def _run_directory() -> None:
+    prepare_run_directory()
+
+
+_FEATURES: dict[str, tuple[str, bool, Callable[[], None]]] = {
+    "tcp-repair": ("the state of a connection can be read and set", True, _repair),
+    "rules": ("packets can be fenced, forwarded and diverted (nf_tables)", True, _rules),
+    "hold": ("packets wait during a pass instead of being dropped", False, _hold),
+    "raw-packets": ("the peer's timestamp can be learnt and set", True, _raw),
+    "grace-period": ("a pass need not wait long for other CPUs", False, _grace),
+    "stop": ("a process can be stopped, and its descriptors copied", True, _stop),
+    "images": ("CRIU's message classes are installed", True, _images),
+    "restore": ("a connection can be read, re-created from its image, and used", True, _restore),
+    "run-directory": ("passes can be recorded", True, _run_directory),
+}
+
+
+def check(only: str | None = None) -> list[Feature]:
+    """Try them. UsageError for a name that is none."""
+    if only is not None and only not in _FEATURES:
+        raise UsageError(f"there is no feature {only!r}", hint="one of " + ", ".join(_FEATURES))
+    if os.geteuid() != 0:
+        raise Refused("root is needed (CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_PTRACE)", hint="run it with sudo")
+    return [Feature(name, meaning, required, _problem(attempt))
+            for name, (meaning, required, attempt) in _FEATURES.items() if only in (None, name)]
+
+
+def _problem(attempt: Callable[[], None]) -> str | None:
+    try:
+        with netns.private():
+            attempt()
+    except TcpcpError as error:
+        return str(error)
+    return None
+
+
+def check_host(target: Target) -> dict[str, str]:
+    """What the other host says of itself. LinkError or Refused where it cannot be reached or does not fit."""
+    with open_link(target) as link:
+        hello = greet(link, Wire(link.fileno(), link.fileno()))
+    return {"host": hello.host, "version": hello.version}

@@ -1,0 +1,42 @@
+"""Ways into the destination's program: one file a way, one interface.
+
+A way is found and checked before anything is stopped (`find`), given the dormant connection (`graft`), and told how it
+ended (`activate`, `discard`). `reclaim` is for a later `serve` that continues what an earlier one began.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Protocol
+
+from ..core.endpoint import Flow
+from ..core.errors import Refused, UsageError
+
+
+class Graft(Protocol):
+    """One way in, for one pass."""
+
+    description: str
+
+    def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None: ...
+    def check(self) -> None: ...
+    def activate(self, pass_id: str) -> None: ...
+    def discard(self, pass_id: str) -> None: ...
+    def reclaim(self, pass_id: str) -> socket.socket | None: ...
+    def close(self) -> None: ...
+
+
+def find(into: str, flow: Flow) -> Graft:
+    """The way that `--into` names. Refused says what is missing and what could be done; nothing is touched."""
+    from . import to_receiver
+    kind, _, rest = into.partition(":")
+    if kind == "receiver":
+        return to_receiver.at_path(rest) if rest else to_receiver.for_port(flow.local.port)
+    if kind == "auto":
+        found = to_receiver.try_port(flow.local.port)
+        if found is not None:
+            return found
+        raise Refused(f"nothing at the destination takes connections of port {flow.local.port}",
+                      hint=f"an application there that makes criu_tcpcp.Receiver(port={flow.local.port}), or "
+                           "--into receiver:PATH")
+    raise UsageError(f"--into {into}: not a way in that this version knows", hint="auto or receiver[:PATH]")

@@ -1,0 +1,129 @@
+"""Into a cooperating application: its `Receiver` gets the dormant socket by SCM_RIGHTS, and a word when it is alive.
+
+The descriptor lies in the application's socket before the commit, so nothing in the freeze waits for the application.
+It checks who it talks to: a receiver for a port below 1024 must be root's, as a listener there would have to be.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from pathlib import Path
+
+from .. import apps
+from ..core.endpoint import Flow
+from ..core.errors import LinkError, Refused
+from ..kernel import process
+
+_TIMEOUT_S = 2.0
+_PRIVILEGED_PORTS = 1024
+
+
+class ToReceiver:
+    """A conversation with one receiver."""
+
+    def __init__(self, path: Path, conversation: apps.Conversation) -> None:
+        self._conversation = conversation
+        pid, uid = conversation.peer()
+        self.path = path
+        self.uid = uid
+        self.description = f"receiver {path} ({process.name(pid)}, process {pid})"
+
+    def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None:
+        """The application holds the connection now, dormant. Refused where it has gone."""
+        descriptor = apps.wrap_state(app_state)
+        try:
+            self._conversation.send({"op": "offer", "id": pass_id, "flow": flow.to_json()},
+                                    [sock.fileno(), descriptor])
+        except apps.Gone as error:
+            raise Refused(f"{self.description} has gone: {error}") from None
+        finally:
+            os.close(descriptor)
+
+    def check(self) -> None:
+        """Refused where the application has gone."""
+        if self._has_hung_up():
+            raise Refused(f"{self.description} has gone")
+
+    def activate(self, pass_id: str) -> None:
+        """Hand it over for use. LinkError where the application has gone: its end of the connection goes with it."""
+        try:
+            self._conversation.send({"op": "active", "id": pass_id})
+        except apps.Gone as error:
+            raise LinkError(f"{self.description} has gone: {error}") from None
+        if self._has_hung_up():
+            raise LinkError(f"{self.description} has gone")
+
+    def _has_hung_up(self) -> bool:
+        poller = select.poll()
+        poller.register(self._conversation, 0)
+        return bool(poller.poll(0))
+
+    def discard(self, pass_id: str) -> None:
+        """It closes its dormant copy; where it has gone, the kernel has."""
+        try:
+            self._conversation.send({"op": "abort", "id": pass_id})
+        except apps.Gone:
+            return
+
+    def reclaim(self, pass_id: str) -> socket.socket | None:
+        """The connection that an earlier serve gave it and left half-way; None where it has none."""
+        try:
+            answer, descriptors = self._conversation.ask({"op": "claim", "id": pass_id})
+        except apps.Gone:
+            return None
+        if answer.get("op") != "held" or len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return None
+        return socket.socket(fileno=descriptors[0])
+
+    def close(self) -> None:
+        self._conversation.close()
+
+
+def at_path(path: str) -> ToReceiver:
+    """The receiver that listens at a path. Refused where there is none."""
+    try:
+        return _open(Path(path))
+    except apps.Gone as error:
+        raise Refused(f"no receiver listens at {path} at the destination: {error}") from None
+
+
+def for_port(port: int) -> ToReceiver:
+    """The receiver that is registered for a local port. Refused where there is none, or more than one."""
+    found = try_port(port)
+    if found is None:
+        raise Refused(f"no receiver is registered at the destination for port {port}",
+                      hint=f"an application there makes one with criu_tcpcp.Receiver(port={port})")
+    return found
+
+
+def try_port(port: int) -> ToReceiver | None:
+    """As `for_port`, but None where there is none."""
+    found = []
+    for path in apps.receivers(port):
+        try:
+            found.append(_open(path))
+        except apps.Gone:
+            continue
+    allowed = [one for one in found if port >= _PRIVILEGED_PORTS or one.uid == 0]
+    for one in found:
+        if one not in allowed or len(allowed) > 1:
+            one.close()
+    if len(allowed) > 1:
+        raise Refused(f"several receivers are registered at the destination for port {port}",
+                      hint="name one: " + " or ".join(f"--into receiver:{one.path}" for one in allowed[:4]))
+    return allowed[0] if allowed else None
+
+
+def _open(path: Path) -> ToReceiver:
+    """Raises Gone where nobody answers: an application that hangs is found before anything is stopped."""
+    conversation = apps.connect(path, _TIMEOUT_S)
+    try:
+        conversation.ask({"op": "ping"})
+    except apps.Gone:
+        conversation.close()
+        raise
+    return ToReceiver(path, conversation)

@@ -1,0 +1,244 @@
+"""What survives the processes of a pass: one directory a pass and side, under the run directory.
+
+    RUN_DIR/passes/ID.origin/       log (one JSON object a line)  state (the images, until Active)
+    RUN_DIR/passes/ID.destination/  log                           verdict ("committed" or "aborted")
+
+The run directory lies on tmpfs and sockets do not outlive their host, so there is no fsync; each record carries the
+boot id, and a record of another boot is history. A line that was cut short by a crash or a full disk is as good as not
+written. The *verdict* is the commit point: it is renamed into place only where none is (RENAME_NOREPLACE), so of any
+number of processes that decide at once the first wins, and all of them learn what was decided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from .core.errors import JournalError, KernelError
+from .kernel.syscalls import boot_id, rename_no_replace
+
+Side = Literal["origin", "destination"]
+Verdict = Literal["committed", "aborted"]
+ORIGIN: Side = "origin"
+DESTINATION: Side = "destination"
+
+_ID = re.compile(r"[0-9a-f]{16}")
+_LOG_LIMIT = 1 << 20
+_STATE_LIMIT = 1 << 31
+
+
+def run_directory() -> Path:
+    """CRIU_TCPCP_RUN_DIR, or /run/criu-tcpcp."""
+    return Path(os.environ.get("CRIU_TCPCP_RUN_DIR") or "/run/criu-tcpcp")
+
+
+def applications_directory() -> Path:
+    """Where applications put their sockets (application.py). Any user may, none may touch another's: mode 1777, made by
+    the first command that root runs."""
+    return run_directory() / "apps"
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise JournalError(f"cannot {what}: {error.strerror or error}",
+                           hint=f"{error.filename or run_directory()} must be writable by root and have space"
+                           ) from error
+
+
+def prepare_run_directory() -> None:
+    """Make the run directory and its parts; JournalError where that cannot be."""
+    with _explained("make the run directory"):
+        if not run_directory().exists():
+            run_directory().mkdir(parents=True)
+            run_directory().chmod(0o755)  # whatever the umask: applications must reach their part of it
+        (run_directory() / "passes").mkdir(mode=0o700, exist_ok=True)
+        if not applications_directory().exists():
+            applications_directory().mkdir(mode=0o1777)
+            applications_directory().chmod(0o1777)  # whatever the umask
+
+
+@contextlib.contextmanager
+def structure_lock() -> Iterator[None]:
+    """One process at a time adds or removes what several passes share (routing rules). Never taken within a freeze."""
+    prepare_run_directory()
+    with _explained("lock the run directory"):
+        descriptor = os.open(run_directory() / "passes", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def new_id() -> str:
+    return secrets.token_hex(8)
+
+
+class Journal:
+    """The records of one side of one pass."""
+
+    def __init__(self, pass_id: str, side: Side) -> None:
+        if not _ID.fullmatch(pass_id):
+            raise JournalError(f"{pass_id!r} is not the id of a pass",
+                               hint="16 hexadecimal digits; see criu-tcpcp passes")
+        self.pass_id = pass_id
+        self.side = side
+        self.directory = run_directory() / "passes" / f"{pass_id}.{side}"
+
+    def create(self) -> None:
+        """Make the directory. JournalError where it is there already: an id is used once."""
+        prepare_run_directory()
+        with _explained("begin the journal of a pass"):
+            self.directory.mkdir(mode=0o700)
+
+    def exists(self) -> bool:
+        return self.directory.is_dir()
+
+    def write(self, record: str, **fields: Any) -> None:
+        """Append a record. JournalError where it could not be written whole: then it does not count. The line break in
+        front of it ends a line that was cut short, which must not spoil this one."""
+        text = json.dumps({"record": record, "boot": boot_id(), **fields}, separators=(",", ":"))
+        line = f"\n{text}\n".encode()
+        with _explained("write to the journal"):
+            descriptor = os.open(self.directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                                 | os.O_NOFOLLOW, 0o600)
+            try:
+                if os.write(descriptor, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
+            finally:
+                os.close(descriptor)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The whole records, oldest first."""
+        try:
+            with _explained("read the journal"), open(self.directory / "log", "rb") as log:
+                text = log.read(_LOG_LIMIT)
+        except JournalError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return []
+            raise
+        found = []
+        for line in text.split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("record"), str):
+                    found.append(record)
+        return found
+
+    def last(self) -> str:
+        """The name of the last record that tells the pass's stage, or ''."""
+        return next((one["record"] for one in reversed(self.records()) if one["record"] != "note"), "")
+
+    def field(self, record: str) -> dict[str, Any] | None:
+        """The newest record of this name."""
+        return next((one for one in reversed(self.records()) if one["record"] == record), None)
+
+    # -- payload ------------------------------------------------------------------------------------------------------
+
+    def save(self, name: str, data: bytes) -> None:
+        """Keep payload until `forget`: a new file, readable by nobody else."""
+        with _explained("keep the state of a pass"):
+            descriptor = os.open(self.directory / name,
+                                 os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(data)
+            except OSError:
+                os.unlink(self.directory / name)
+                raise
+
+    def load(self, name: str) -> bytes:
+        with _explained("read the state of a pass"), open(self.directory / name, "rb") as file:
+            return file.read(_STATE_LIMIT)
+
+    def forget(self, name: str) -> None:
+        """Delete payload; none there is as good."""
+        with contextlib.suppress(FileNotFoundError), _explained("delete the state of a pass"):
+            try:
+                os.unlink(self.directory / name)
+            except FileNotFoundError:
+                return
+
+    # -- the commit point ---------------------------------------------------------------------------------------------
+
+    def decide(self, wanted: Verdict) -> Verdict:
+        """Write the verdict unless one is written; returns the one that stands. JournalError: none could be written."""
+        standing = self.verdict()
+        if standing is not None:
+            return standing
+        candidate = self.directory / f".verdict.{os.getpid()}"
+        with _explained("write the verdict"):
+            descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                text = wanted.encode()
+                if os.write(descriptor, text) != len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(candidate))
+            finally:
+                os.close(descriptor)
+            try:
+                rename_no_replace(str(candidate), str(self.directory / "verdict"))
+            except KernelError as error:
+                os.unlink(candidate)
+                if error.errno != errno.EEXIST:
+                    raise OSError(error.errno, os.strerror(error.errno), str(self.directory)) from error
+        standing = self.verdict()
+        if standing is None:
+            raise JournalError("the verdict of a pass cannot be read back")
+        return standing
+
+    def verdict(self) -> Verdict | None:
+        with contextlib.suppress(FileNotFoundError):
+            text = (self.directory / "verdict").read_text()
+            if text == "committed":
+                return "committed"
+            if text == "aborted":
+                return "aborted"
+            raise JournalError(f"the verdict of pass {self.pass_id} reads {text[:20]!r}")
+        return None
+
+    # -- one worker at a time -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self, *, wait: bool = True) -> Iterator[bool]:
+        """Only one process works on this side of the pass. Without `wait`, yields False where another does."""
+        with _explained("lock the journal"):
+            descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+        finally:
+            os.close(descriptor)
+
+    def remove(self) -> None:
+        """The pass is history and nothing of it is left: delete all of it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def all_journals() -> list[Journal]:
+    """Every side of every pass that this host knows, by id."""
+    try:
+        names = sorted(os.listdir(run_directory() / "passes"))
+    except OSError:
+        return []
+    found = []
+    for name in names:
+        pass_id, _, side = name.partition(".")
+        if _ID.fullmatch(pass_id) and side in (ORIGIN, DESTINATION):
+            found.append(Journal(pass_id, ORIGIN if side == ORIGIN else DESTINATION))
+    return found

@@ -1,0 +1,160 @@
+"""The keeper: the small process at the origin that is the tracer and owns the hold and the fence.
+
+The command forks it and only instructs it: it reads from `control` that the pass is to be undone (a byte, or the end of
+the stream because the command died), and hears from it progress and, at the end, the report. The keeper stages the
+pass, runs the executor and reports; once the pass is offered, the command's end no longer matters to it. Its own end
+does not matter to the connection: before the offer the kernel undoes everything, after it the journal has what
+`resolve` needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+from types import FrameType
+from typing import NoReturn
+
+from .core import handoff
+from .core.errors import ExitCode, Owner, TcpcpError
+from .core.handoff import ORIGIN_FINAL, OWNER, Event, OriginState
+from .executor import Executor, without_garbage_collection
+from .inventory import Connection
+from .journal import Journal
+from .kernel import netns, syscalls
+from .origin import Options, Origin
+from .report import Report
+from .transport.target import LocalTarget, Target
+
+
+def start(journal: Journal, connection: Connection, target: Target | LocalTarget,
+          options: Options) -> tuple[int, socket.socket]:
+    """Fork the keeper. Returns its process id and the command's end of the control stream."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return pid, ours
+    ours.close()
+    return _keep(theirs, journal, connection, target, options)
+
+
+def _keep(control: socket.socket, journal: Journal, connection: Connection, target: Target | LocalTarget,
+          options: Options) -> NoReturn:
+    """Everything the child does; nothing of it returns into the command's frames."""
+    status = 1
+    try:
+        _become_keeper(control)
+        report = run(control, journal, connection, target, options)
+        _say(control, {"report": report.to_json()})
+        status = 0
+    except TcpcpError as error:
+        _say(control, {"failed": error.message, "hint": error.hint})
+    finally:
+        os._exit(status)
+
+
+def _become_keeper(control: socket.socket) -> None:
+    """A session of its own: Ctrl-C in the terminal is the command's to understand. SIGTERM asks for the same."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def cancel(_number: int, _frame: FrameType | None) -> None:
+        control.shutdown(socket.SHUT_RD)
+
+    signal.signal(signal.SIGTERM, cancel)
+    syscalls.name_process("tcpcp-keeper")
+    syscalls.forbid_core_dumps()
+
+
+def _say(control: socket.socket, what: dict[str, object]) -> None:
+    with contextlib.suppress(OSError):  # the command has gone; the journal says it too
+        control.send(json.dumps(what).encode(), socket.MSG_NOSIGNAL)
+
+
+def run(control: socket.socket, journal: Journal, connection: Connection, target: Target | LocalTarget,
+        options: Options) -> Report:
+    """Stage the pass and run it to its end."""
+    origin = Origin(journal, connection, target, options)
+    executor = Executor(handoff.origin(), origin, ORIGIN_FINAL)
+    try:
+        try:
+            _say(control, {"progress": f"connecting to {target}"})
+            origin.connect()
+            with netns.enter(origin.namespace):
+                _say(control, {"progress": "staging"})
+                origin.stage()
+                origin.watch(control)
+                journal.create()
+                with journal.locked(), without_garbage_collection():
+                    _say(control, {"progress": f"passing {origin.flow}"})
+                    executor.run(Event.START)
+        except TcpcpError as error:  # before the machine ran: nothing was touched
+            executor.failure = executor.failure or error
+        report = make_report(origin, executor)
+        finish_journal(journal, executor.machine.state)
+        return report
+    finally:
+        with netns.enter(origin.namespace):
+            origin.close()
+
+
+def finish_journal(journal: Journal, state: OriginState) -> None:
+    """Of a pass that left nothing here, nothing is kept."""
+    if state in (OriginState.READY, OriginState.ROLLED_BACK) and journal.exists():
+        journal.remove()
+
+
+def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
+    """The outcome in words: who owns the connection, and what to do about it."""
+    state = executor.machine.state
+    owner = OWNER[state]
+    left, notes = list(executor.left), []
+    steps = [("origin", name, ms) for name, ms in executor.steps]
+    if origin.active is not None:
+        steps += [("destination", str(name), float(ms)) for name, ms in origin.active.steps]
+        left += [f"destination: {one}" for one in origin.active.left]
+        notes += [str(one) for one in origin.active.notes]
+    if not origin.queues and origin.touched:
+        notes.append("this kernel cannot queue packets: what came meanwhile was dropped, and the peer sent it again")
+    code, error, hint = ExitCode.OK, None, ""
+    cause = _cause(origin, executor)
+    if state is OriginState.DONE:
+        code = ExitCode.UNCLEAN if left else ExitCode.OK
+        error = "; ".join(left) or None
+    elif state in (OriginState.READY, OriginState.ROLLED_BACK):
+        code = ExitCode.ROLLED_BACK if origin.touched else ExitCode.REFUSED
+        outcome = "the pass was undone" if origin.touched else "nothing was touched"
+        error, hint = f"{cause}; {outcome}, the origin process still has its connection", _hint(executor)
+    elif state is OriginState.LOST:
+        code, owner, error = ExitCode.LOST, Owner.NONE, f"the connection is lost: {origin.last_reason or cause}"
+    else:
+        code = ExitCode.IN_DOUBT
+        error = f"{cause}; the destination was told to take the connection and has not answered since"
+        hint = f"when it can be reached again: criu-tcpcp resolve {origin.journal.pass_id}"
+    stall = None
+    if origin.hold_started is not None and origin.hold_ended is not None:
+        stall = round((origin.hold_ended - origin.hold_started) * 1000, 3)
+    plan = origin.plan
+    return Report(
+        id=origin.journal.pass_id, owner=owner, exit=code, connection=str(origin.flow),
+        into=origin.staged.into if origin.staged else "",
+        redirect=f"{plan.strategy} ({plan.reason})" if plan is not None else "", steps=tuple(steps), stall_ms=stall,
+        left=tuple(left), notes=tuple(notes), error=error, hint=hint,
+        details={"held_packets": origin.held_packets})
+
+
+def _cause(origin: Origin, executor: Executor[OriginState]) -> str:
+    failure = executor.failure
+    if origin.last_reason and executor.machine.state is OriginState.ROLLED_BACK and failure is None:
+        return f"the destination refused: {origin.last_reason}"
+    if failure is None:
+        return "it was cancelled"
+    return failure.message
+
+
+def _hint(executor: Executor[OriginState]) -> str:
+    return executor.failure.hint if executor.failure is not None else ""

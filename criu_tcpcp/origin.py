@@ -1,0 +1,645 @@
+"""The origin's side of a pass: what each action of the handoff does here.
+
+The keeper makes an `Origin`, stages it, and lets the executor run it: then it is the tracer, the owner of the packet
+queue and of the hold's table. `Origin.recovered` makes one from the journal after the keeper's death, for `resolve`:
+the process is stopped then (state T, from `pin`), the fence stands, and the state lies in the journal; what a live one
+does by its tracer and its queue is done by SIGCONT and by the fence.
+
+Order within the freeze, and why (kernel/repair.py, kernel/rules.py, kernel/grace.py have the details):
+  stop     all threads, at an instant at which none has bytes of the connection in its hands; tried again until it is
+  so.
+           Before the hold, since a try that fails then costs the peer nothing.
+  hold     packets wait; a grace period; from here on nothing reaches the socket
+  extract  learn ts_recent from a segment that the socket is made to send, then read everything
+  silence, verify       nothing of ours leaves any more, nothing is left in a queue below, and nothing moved since
+  fence, pin            once the offer is written: the same by rules that outlive the keeper, and a stop that does
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from . import apps, redirect
+from ._version import __version__
+from .core import tcp
+from .core.endpoint import Flow, IPAddress
+from .core.errors import KernelError, LinkError, ProtocolError, Refused, TcpcpError
+from .core.handoff import Action, Event, OriginState
+from .core.image import Image, encode
+from .core.messages import (
+    PROTOCOL,
+    Abort,
+    Aborted,
+    Activate,
+    Active,
+    Commit,
+    Hello,
+    Lost,
+    Message,
+    Prepare,
+    Query,
+    Settled,
+    Stage,
+    Staged,
+)
+from .core.messages import Refused as RefusedMessage
+from .core.state import ConnectionState
+from .executor import GaveUp
+from .inventory import Connection
+from .journal import Journal
+from .kernel import netns, process, repair, sockopt, syscalls, tcpinfo
+from .kernel.grace import GracePeriod
+from .kernel.nfqueue import ACCEPT, DROP, PacketQueue
+from .kernel.rawpacket import Injector, Sniffer
+from .kernel.rules import MARK, Hold, HostRules
+from .kernel.timestamps import learn_ts_recent
+from .kernel.tracee import Tracee
+from .redirect.forward import DivertAtDestination
+from .rehearsal import rehearse
+from .transport.link import Link, open_link
+from .transport.target import LocalTarget, Target, target_from_json
+from .transport.wire import Wire
+
+STATE_FILE = "state"
+_STOP_TIMEOUT_S = 0.25
+_ANSWER_TIMEOUT_S = 3.0
+_STAGE_TIMEOUT_S = 15.0
+_QUIESCE_TIMEOUT_S = 5.0
+_BELOW_EMPTY_TIMEOUT_S = 0.2
+_PROBE_TIMEOUT_S = 0.05
+_RETRY_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a pass was asked for. `idle_ms`: how long to look for a quiet instant; None takes any (`--when now`).
+    `settle_s`: how long to ask the destination again before a pass is left in doubt."""
+
+    into: str = "auto"
+    redirect: str = "auto"
+    via: str | None = None
+    idle_ms: int | None = 200
+    max_stall_ms: int = 500
+    app_state: bytes = field(default=b"", repr=False)
+    origin_sees: str = "reset"
+    settle_s: float = 10.0
+
+
+def greet(link: Link, wire: Wire) -> Hello:
+    """Exchange Hello. LinkError says why there is no answer, Refused names both versions where they do not fit."""
+    try:
+        wire.send(Hello(PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(),
+                        list(netns.identity("/proc/thread-self/ns/net"))))
+        answer = wire.receive(_STAGE_TIMEOUT_S)
+    except (LinkError, ProtocolError):
+        if wire.silent:
+            raise link.failure() from None
+        raise
+    if isinstance(answer, RefusedMessage):
+        raise Refused(f"the destination refuses: {answer.reason}", hint=answer.hint)
+    if not isinstance(answer, Hello):
+        raise ProtocolError("the other end did not introduce itself as criu-tcpcp serve")
+    if answer.protocol != PROTOCOL:
+        raise Refused(f"this is criu-tcpcp {__version__} (protocol {PROTOCOL}), the destination has {answer.version} "
+                      f"(protocol {answer.protocol})", hint="install the same version at both ends")
+    return answer
+
+
+class Origin:
+    """See the module. One thread uses it, in the origin process's network namespace (`run_in_namespace`)."""
+
+    def __init__(self, journal: Journal, connection: Connection, target: Target | LocalTarget,
+                 options: Options) -> None:
+        if connection.flow is None:
+            raise Refused("the socket is not connected")
+        self.name = "origin"
+        self.journal = journal
+        self.flow: Flow = connection.flow
+        self.options = options
+        self.identity = process.identity(connection.pid)
+        self.staged: Staged | None = None
+        self.plan: redirect.Plan | None = None
+        self.active: Active | None = None
+        self.peer_hello: Hello | None = None
+        self.held_packets = 0
+        self.hold_started: float | None = None
+        self.hold_ended: float | None = None
+        self.touched = False
+        self.queues = True
+        self._connection = connection
+        self._target = target
+        self._machine_state = OriginState.READY
+        self._link: Link | None = None
+        self._wire: Wire | None = None
+        self._control: socket.socket | None = None
+        self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._namespace = process.open_namespace(connection.pid)
+        self._pidfd = syscalls.pidfd_open(connection.pid)
+        self._sock: socket.socket | None = None
+        self._tracee: Tracee | None = None
+        self._queue: PacketQueue | None = None
+        self._hold: Hold | None = None
+        self._grace: GracePeriod | None = None
+        self._rules: HostRules | None = None
+        self._redirect: redirect.OriginRedirect | None = None
+        self._sniffer: Sniffer | None = None
+        self._injector: Injector | None = None
+        self._application: apps.Conversation | None = None
+        self._socket_options: dict[str, Any] = {}
+        self._app_state = options.app_state
+        self._state: ConnectionState | None = None
+        self._image: Image | None = None
+        self._sequences = (0, 0)
+        self._extracted_at_ms = 0
+        self._offered_boot = ""
+        self._settle_until: float | None = None
+        self._recovered = False
+        self.last_reason = ""
+
+    # -- staging: everything slow, nothing stopped ---------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Reach the destination. LinkError says why not; nothing was touched."""
+        with netns.enter(self._home):
+            self._link = open_link(self._target)
+        self._wire = Wire(self._link.fileno(), self._link.fileno())
+        self.peer_hello = greet(self._link, self._wire)
+
+    def stage(self) -> None:
+        """Let the destination find its target and make its rules; make ours. Refused: nothing was touched."""
+        hello = self.peer_hello
+        if hello is None:
+            raise LinkError("not connected")
+        if hello.boot_id == syscalls.boot_id() and tuple(hello.network) == netns.identity("/proc/thread-self/ns/net"):
+            raise Refused("the destination is the origin host itself",
+                          hint="two hosts, or two network namespaces, are needed")
+        self._need_wire().send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
+                                     self.options.redirect, []))
+        answer = self._need_wire().receive(_STAGE_TIMEOUT_S)
+        if isinstance(answer, RefusedMessage):
+            raise Refused(answer.reason, hint=answer.hint)
+        if not isinstance(answer, Staged) or answer.pass_id != self.journal.pass_id:
+            raise ProtocolError("the destination answered out of turn")
+        self.staged = answer
+        self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
+        self._redirect = redirect.origin_half(self.plan)
+        self._sock = self._borrow()
+        self._socket_options = sockopt.read_all(self._sock)
+        self._rules = HostRules(self.flow.ip_version)
+        self._rules.prepare_fence()
+        self._redirect.stage(self._rules, self.flow)
+        self._queue = PacketQueue()
+        self._hold = Hold(self.flow.ip_version, self._queue.number)
+        self.queues = self._hold.queues
+        self._grace = GracePeriod()
+        if tcpinfo.read(self._sock).options & tcp.OPT_TIMESTAMPS:
+            self._sniffer = Sniffer(self.flow)
+            self._injector = Injector(self.flow.ip_version, MARK)
+        self._application = self._registered_application()
+        rehearse(self.flow.ip_version)
+
+    def _via(self) -> IPAddress:
+        import ipaddress
+        text = self.options.via or (self._link.peer_address if self._link else None)
+        if not text:
+            raise Refused("the destination's address for packets is not known (a jump host, or no SSH)",
+                          hint="name it with --via")
+        try:
+            return ipaddress.ip_address(text.split("%")[0])
+        except ValueError:
+            raise Refused(f"--via {text!r} is not an IP address") from None
+
+    def _borrow(self) -> socket.socket:
+        """The connection's socket, if the process and the descriptor are still what was chosen."""
+        if not process.is_alive(self.identity):
+            raise Refused(f"process {self.identity.pid} has exited")
+        sock = syscalls.borrow_socket(self._pidfd, self._connection.descriptors[0])
+        if tcpinfo.cookie(sock) != self._connection.cookie:
+            sock.close()
+            raise Refused(f"descriptor {self._connection.descriptors[0]} of process {self.identity.pid} has become "
+                          "another socket")
+        return sock
+
+    def _registered_application(self) -> apps.Conversation | None:
+        """The application's own half, if it registered this connection."""
+        try:
+            conversation = apps.connect(apps.registration_path(self.identity.pid), _QUIESCE_TIMEOUT_S)
+        except apps.Gone:
+            return None
+        try:
+            if conversation.peer()[0] == self.identity.pid:
+                answer, _none = conversation.ask({"op": "registered", "cookie": self._connection.cookie})
+                if answer.get("op") == "yes":
+                    return conversation
+        except apps.Gone:
+            pass
+        conversation.close()
+        return None
+
+    # -- the executor's side -------------------------------------------------------------------------------------------
+
+    def watch(self, control: socket.socket) -> None:
+        """A line, or the end, of this socket cancels the pass as long as that is possible."""
+        self._control = control
+
+    def follow(self, state: OriginState) -> None:
+        """What the machine's state is: the time that may pass depends on it."""
+        self._machine_state = state
+
+    def failed(self, error: TcpcpError) -> None:
+        """The report tells it."""
+
+    def timeout_s(self) -> float | None:
+        if self.hold_started is not None and self._machine_state is OriginState.PREPARED:
+            return max(0.0, self.hold_started + self.options.max_stall_ms / 1000 - time.monotonic())
+        return _ANSWER_TIMEOUT_S
+
+    def next_event(self, timeout_s: float | None) -> Event:
+        """A message, the link's end, the operator; meanwhile the packet queue is kept from filling."""
+        wire = self._need_wire()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        poller = select.poll()
+        poller.register(wire.reading, select.POLLIN)
+        if self._queue is not None:
+            poller.register(self._queue, select.POLLIN)
+        if self._control is not None:
+            poller.register(self._control, select.POLLIN)
+        while True:
+            message = wire.take()
+            if message is not None:
+                return self._received(message)
+            left_ms = None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000)
+            ready = poller.poll(left_ms)
+            if not ready:
+                return Event.TIMEOUT
+            for number, _events in ready:
+                if self._queue is not None and number == self._queue.fileno():
+                    self._queue.collect()
+                elif self._control is not None and number == self._control.fileno():
+                    self._control = None
+                    return Event.CANCEL
+                else:
+                    wire.read_available()
+
+    def _received(self, message: Message) -> Event:
+        if getattr(message, "pass_id", None) != self.journal.pass_id:
+            raise ProtocolError("the destination speaks of another pass")
+        if isinstance(message, Active):
+            self.active = message
+        if isinstance(message, (Aborted, Lost)):
+            self.last_reason = message.reason
+        try:
+            return Event(type(message).__name__)
+        except ValueError:
+            raise ProtocolError(f"unexpected {type(message).__name__}") from None
+
+    def perform(self, action: Action) -> Event | None:
+        return self._ACTIONS[action](self)
+
+    # -- before the offer ----------------------------------------------------------------------------------------------
+
+    def _write_intent(self) -> None:
+        plan, staged, hello = self.plan, self.staged, self.peer_hello
+        if plan is None or staged is None or hello is None:
+            raise Refused("not staged")
+        self._offered_boot = hello.boot_id
+        self.journal.write(
+            "intent", flow=self.flow.to_json(), pid=self.identity.pid, start_time=self.identity.start_time,
+            descriptors=list(self._connection.descriptors), cookie=self._connection.cookie,
+            inode=self._connection.inode, target=self._target.to_json(), host=hello.host,
+            destination_boot=hello.boot_id, plan=plan.to_json(), into=staged.into,
+            origin_sees=self.options.origin_sees, settle_s=self.options.settle_s)
+
+    def _quiesce(self) -> None:
+        """A registered application stops at a clean point by itself and hands over its state."""
+        if self._application is None:
+            return
+        try:
+            answer, descriptors = self._application.ask({"op": "quiesce", "cookie": self._connection.cookie})
+            if answer.get("op") != "quiesced" or len(descriptors) != 1:
+                reason = answer.get("error", "no reason")
+                raise Refused(f"the origin application does not give the connection up: {reason}")
+            self._app_state = apps.unwrap_state(descriptors[0])
+        except apps.Gone as error:
+            raise Refused(f"the origin application did not quiesce: {error}") from None
+
+    def _stop(self) -> None:
+        idle_ms = None if self._application is not None else self.options.idle_ms
+        deadline = time.monotonic() + (idle_ms or 0) / 1000
+        while True:
+            tracee = Tracee(self.identity.pid)
+            tracee.stop(_STOP_TIMEOUT_S)
+            self._tracee = tracee
+            busy = tracee.busy_thread() if idle_ms is not None else None
+            if busy is None:
+                break
+            tracee.resume()
+            self._tracee = None
+            if time.monotonic() > deadline:
+                raise Refused(f"no quiet instant of process {self.identity.pid} within {idle_ms} ms: {busy}",
+                              hint="--when idle:MS waits longer, --when now takes any instant")
+            time.sleep(0.001)
+        self._borrow().close()  # nothing became something else before the stop
+        if self._sock is not None and tcpinfo.has_urgent_data(self._sock):
+            raise Refused("urgent data is waiting, which cannot be carried")
+
+    def _hold_packets(self) -> None:
+        self.touched = True
+        self.hold_started = time.monotonic()
+        self._need(self._hold).add(self.flow)
+        self._need(self._grace).wait()
+
+    def _extract(self) -> None:
+        sock = self._need(self._sock)
+        ts_recent: int | None = None
+        if self._sniffer is not None:
+            ts_recent = learn_ts_recent(sock, self.flow, self._sniffer, self._need(self._injector), _PROBE_TIMEOUT_S)
+        with syscalls.failing("fcntl(F_GETFL)"):
+            nonblocking = not os.get_blocking(sock.fileno())
+        self._state = repair.read_state(sock, self._socket_options, nonblocking, ts_recent)
+        self._extracted_at_ms = _now_ms()
+        self._sequences = (self._state.rcv_nxt, self._state.write_seq)
+        self._image = encode(self._state, self._connection.inode)
+        if len(self._state.outgoing) + len(self._state.received) + len(self._app_state) > 1 << 28:
+            raise Refused("the queues and the application's state are over 256 MiB together")
+
+    def _send_prepare(self) -> None:
+        image, staged = self._need(self._image), self._need(self.staged)
+        self._need_wire().send(Prepare(self.journal.pass_id, staged.nonce, image.inet_sk, image.tcp_stream,
+                                       image.extras, self._app_state))
+
+    def _save_state(self) -> None:
+        """What a recovery needs to activate at the destination again: the very message, without its names."""
+        image = self._need(self._image)
+        self.journal.save(STATE_FILE, b"".join(
+            len(part).to_bytes(8, "big") + part
+            for part in (image.inet_sk, image.tcp_stream, image.extras, self._app_state)))
+
+    def _pin(self) -> None:
+        self._need(self._tracee).pin()
+
+    def _silence(self) -> None:
+        self._need(self._hold).silence(self.flow)
+
+    def _fence(self) -> None:
+        self._need(self._rules).fence(self.flow)
+
+    def _verify(self) -> None:
+        """Nothing of ours is below any more, and nothing moved since it was read. A segment that was past the rule when
+        that was made is counted from its birth (skb_set_owner_w), so no grace period is needed."""
+        sock = self._need(self._sock)
+        deadline = time.monotonic() + _BELOW_EMPTY_TIMEOUT_S
+        while tcpinfo.bytes_below(sock):
+            if time.monotonic() > deadline:
+                raise Refused("segments of the connection are stuck in this host's output queues")
+            time.sleep(0.0002)
+        if repair.sequences(sock) != self._sequences:
+            raise Refused("the connection moved while it was being passed")
+
+    def _write_offered(self) -> None:
+        """The last moment for the operator to change his mind, or for the command to have died."""
+        if self._control is not None and select.select([self._control], [], [], 0)[0]:
+            raise Refused("it was cancelled")
+        self.journal.write("offered", extracted_at_ms=self._extracted_at_ms)
+
+    def _send_commit(self) -> None:
+        self._need_wire().send(Commit(self.journal.pass_id, self._elapsed_ms()))
+
+    def _elapsed_ms(self) -> int:
+        return max(0, _now_ms() - self._extracted_at_ms)
+
+    # -- after the commit ----------------------------------------------------------------------------------------------
+
+    def _write_committed(self) -> None:
+        self.journal.write("committed")
+
+    def _redirect_packets(self) -> None:
+        """First the way, then what was held, in its order, then the direct path for what comes: nothing overtakes."""
+        rules, way = self._need(self._rules), self._need(self._redirect)
+        way.commit(rules, self.flow)
+        self._release(ACCEPT if way.held_packets_follow else DROP)
+
+    def _release(self, verdict: int) -> None:
+        queue, hold = self._queue, self._hold
+        if queue is None or hold is None:
+            return
+        while queue.release(verdict):
+            pass
+        self.hold_ended = time.monotonic()
+        hold.remove(self.flow)
+        queue.release(verdict)
+        self._need(self._grace).wait()  # packets that were past the set's look-up are in the queue now
+        queue.release(verdict)
+        self.held_packets = queue.released
+
+    def _end(self) -> None:
+        """The old endpoint goes without a packet; the fence stays, should anything still be said in its name."""
+        sock = self._sock
+        if sock is None:
+            return
+        if self.options.origin_sees == "eof":
+            repair.end_as_eof(sock)
+        else:
+            repair.end_silently(sock)
+
+    def _resume(self) -> None:
+        self._run_again()
+        self._tell_application("passed")
+
+    def _tell_application(self, what: str) -> None:
+        if self._application is None:
+            return
+        try:
+            self._application.send({"op": what, "cookie": self._connection.cookie})
+        except apps.Gone as error:
+            raise LinkError(f"the origin application could not be told: {error}") from None
+
+    def _forget(self) -> None:
+        """Nobody will need the state again; a divert that brought the packets here is of no use either."""
+        self.journal.forget(STATE_FILE)
+        if self._rules is not None and self._machine_state is not OriginState.ROLLED_BACK \
+                and self._rules.is_diverted(self.flow):
+            DivertAtDestination().undo(self._rules, self.flow)
+        if self._machine_state in (OriginState.DONE, OriginState.LOST):
+            self._tell_settled()
+
+    def _tell_settled(self) -> None:
+        """The destination keeps its verdict until it hears this; the link may just have broken."""
+        try:
+            self._need_wire().send(Settled(self.journal.pass_id))
+        except LinkError:
+            self._close_link()
+            self.connect()
+            self._need_wire().send(Settled(self.journal.pass_id))
+
+    def _write_done(self) -> None:
+        self.journal.write("done")
+
+    def _write_lost(self) -> None:
+        self.journal.write("lost")
+
+    # -- undo ----------------------------------------------------------------------------------------------------------
+
+    def _undo(self) -> None:
+        """The connection is the origin process's again, as it was. Each step is tried whatever became of the others."""
+        problems: list[TcpcpError] = []
+        for step in (self._unfence, self._undo_redirect, self._run_again, lambda: self._release(ACCEPT),
+                     lambda: self._tell_application("resumed")):
+            try:
+                step()
+            except TcpcpError as error:
+                problems.append(error)
+        if problems:
+            for other in problems[1:]:
+                problems[0].add_note(str(other))
+            raise problems[0]
+
+    def _unfence(self) -> None:
+        if self._rules is not None:
+            self._rules.unfence(self.flow)
+        if self._hold is not None:
+            self._hold.unsilence(self.flow)
+
+    def _undo_redirect(self) -> None:
+        if self._rules is not None and self._redirect is not None:
+            self._redirect.undo(self._rules, self.flow)
+
+    def _run_again(self) -> None:
+        """By its tracer; after the keeper's death by SIGCONT, which also takes back a SIGSTOP that has not taken
+        effect."""
+        if self._tracee is not None:
+            self._tracee.resume()
+            self._tracee = None
+        elif self._recovered and process.is_alive(self.identity):
+            with syscalls.failing("pidfd_send_signal(SIGCONT)"):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+
+    def _write_aborted(self) -> None:
+        if self.journal.exists():
+            self.journal.write("aborted")
+
+    def _send_abort(self) -> None:
+        if self._wire is not None:
+            self._wire.send(Abort(self.journal.pass_id, "the origin undid the pass"), timeout_s=0.5)
+
+    # -- after a failure: ask again ------------------------------------------------------------------------------------
+
+    def _reconnect(self) -> Event | None:
+        """A new link to the destination; GaveUp after `settle_s`, with the pass in doubt."""
+        if self._settle_until is None:
+            self._settle_until = time.monotonic() + self.options.settle_s
+        else:
+            time.sleep(_RETRY_PAUSE_S)
+        if time.monotonic() > self._settle_until:
+            raise GaveUp
+        self._close_link()
+        self.connect()
+        if self.peer_hello is not None and self._offered_boot and self.peer_hello.boot_id != self._offered_boot:
+            return Event.REBOOTED
+        return None
+
+    def _send_query(self) -> None:
+        self._need_wire().send(Query(self.journal.pass_id))
+
+    def _send_activate(self) -> None:
+        parts = _split_state(self.journal.load(STATE_FILE))
+        self._need_wire().send(Activate(self.journal.pass_id, self._elapsed_ms(), *parts))
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _close_link(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = self._wire = None
+
+    def close(self) -> None:
+        """Let go of everything. A process that is still stopped runs again, unless the pass was offered: then it stays
+        stopped (pinned), and the fence stands."""
+        for part in (self._sniffer, self._injector, self._application, self._hold, self._queue, self._grace,
+                     self._sock):
+            if part is not None:
+                part.close()
+        if self._rules is not None:
+            if self._machine_state in (OriginState.READY, OriginState.ROLLED_BACK):
+                self._rules.sweep()
+            self._rules.close()
+        self._close_link()
+        for descriptor in (self._home, self._namespace, self._pidfd):
+            os.close(descriptor)
+
+    @property
+    def namespace(self) -> int:
+        """The origin process's network namespace, for `netns.enter`."""
+        return self._namespace
+
+    def diagnosis(self) -> str:
+        return self._link.diagnosis() if self._link is not None else ""
+
+    def _need_wire(self) -> Wire:
+        if self._wire is None:
+            raise LinkError("there is no link to the destination")
+        return self._wire
+
+    @staticmethod
+    def _need(part: Any) -> Any:
+        if part is None:
+            raise Refused("the pass was not staged")
+        return part
+
+    # -- recovery ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def recovered(cls, journal: Journal, connection: Connection, settle_s: float) -> Origin:
+        """From the journal of a pass that was offered. `connection`: what is left of the endpoint (inventory)."""
+        intent, offered = journal.field("intent"), journal.field("offered")
+        if intent is None or offered is None:
+            raise ProtocolError(f"the journal of pass {journal.pass_id} does not say that it was offered")
+        origin = cls(journal, connection, target_from_json(intent["target"]),
+                     Options(origin_sees=intent["origin_sees"], settle_s=settle_s))
+        origin.touched = origin._recovered = True
+        origin.name = "resolve"
+        origin._offered_boot = intent["destination_boot"]
+        origin._extracted_at_ms = offered["extracted_at_ms"]
+        origin.plan = redirect.Plan.from_json(intent["plan"])
+        origin._redirect = redirect.origin_half(origin.plan)
+        with netns.enter(origin._namespace):
+            origin._rules = HostRules(origin.flow.ip_version)
+        try:
+            origin._sock = origin._borrow()
+        except (Refused, KernelError):
+            origin._sock = None  # the program closed it, or ended: nothing is left to end
+        return origin
+
+    _ACTIONS: ClassVar[dict[Action, Callable[[Origin], Event | None]]] = {
+        Action.WRITE_INTENT: _write_intent, Action.QUIESCE: _quiesce, Action.STOP: _stop, Action.HOLD: _hold_packets,
+        Action.EXTRACT: _extract, Action.SEND_PREPARE: _send_prepare, Action.SAVE_STATE: _save_state, Action.PIN: _pin,
+        Action.SILENCE: _silence, Action.FENCE: _fence, Action.VERIFY: _verify, Action.WRITE_OFFERED: _write_offered,
+        Action.SEND_COMMIT: _send_commit, Action.WRITE_COMMITTED: _write_committed, Action.REDIRECT: _redirect_packets,
+        Action.END: _end, Action.RESUME: _resume, Action.FORGET: _forget, Action.WRITE_DONE: _write_done,
+        Action.WRITE_ABORTED: _write_aborted, Action.WRITE_LOST: _write_lost, Action.UNDO: _undo,
+        Action.SEND_ABORT: _send_abort, Action.RECONNECT: _reconnect, Action.SEND_QUERY: _send_query,
+        Action.SEND_ACTIVATE: _send_activate}
+
+
+def _now_ms() -> int:
+    """A clock that all processes of this boot share."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000)
+
+
+def _split_state(data: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    parts = []
+    while data:
+        length = int.from_bytes(data[:8], "big")
+        parts.append(data[8:8 + length])
+        data = data[8 + length:]
+    if len(parts) != 4:
+        raise ProtocolError("the state in the journal is cut short")
+    return parts[0], parts[1], parts[2], parts[3]
+

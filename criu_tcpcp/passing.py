@@ -1,0 +1,129 @@
+"""`pass`: one connection, from the request to the report.
+
+What can be refused without touching anything is refused here or in the staging; the keeper does the rest, and this
+waits for what it says. Should the keeper be killed, the journal tells what became of the connection: before the offer
+the kernel has given it back by itself, after it the pass is settled here as `resolve` would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from . import inventory, journal, keeper, settle
+from .core.criu import messages as load_criu_messages
+from .core.errors import ExitCode, Owner, Refused, TcpcpError, UsageError
+from .inventory import Connection
+from .journal import Journal
+from .kernel import netns
+from .origin import Options, Origin
+from .report import PassError, Report
+from .transport.target import LocalTarget, Target, parse_host
+
+Progress = Callable[[str], None]
+
+
+def check(pid: int, fd: int) -> Connection:
+    """The connection, if this host could pass it. Refused with the reason; nothing is touched."""
+    if os.geteuid() != 0:
+        raise Refused("root is needed (CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_PTRACE)", hint="run it with sudo")
+    if pid == os.getpid():
+        raise Refused("a process cannot pass its own connection through this call", hint="run criu-tcpcp beside it")
+    connection = inventory.find(pid, fd)
+    inventory.refuse_local_peer(connection)
+    load_criu_messages()
+    return connection
+
+
+def preview(connection: Connection, target: Target | LocalTarget, options: dict[str, Any]) -> dict[str, str]:
+    """What a pass would use: reaches the destination and stages there and here, stops nothing, and takes all back."""
+    record = Journal(journal.new_id(), journal.ORIGIN)
+    origin = Origin(record, connection, target, Options(**options))
+    try:
+        origin.connect()
+        with netns.enter(origin.namespace):
+            origin.stage()
+        plan, staged, hello = origin.plan, origin.staged, origin.peer_hello
+        return {"destination": f"{hello.host} (criu-tcpcp {hello.version})" if hello else "",
+                "into": staged.into if staged else "",
+                "redirect": f"{plan.strategy}: {plan.reason}" if plan else "",
+                "packets": "held" if origin.queues else "dropped during the pass: this kernel cannot queue them"}
+    finally:
+        with netns.enter(origin.namespace):
+            origin.close()
+
+
+def pass_connection(pid: int, fd: int, host: str | Target | LocalTarget, *, progress: Progress | None = None,
+                    **options: Any) -> Report:
+    """Pass the connection behind descriptor `fd` of process `pid` to `host` ("[USER@]HOST[:PORT]", or a Target).
+
+    `options` are the fields of `origin.Options`. Blocks until the pass is settled. Raises PassError (`.owner`,
+    `.exit_code`, `.report`) unless the connection lives at the destination and all is done.
+    """
+    try:
+        target = parse_host(host) if isinstance(host, str) else host
+        try:
+            wanted = Options(**options)
+        except TypeError as error:
+            raise UsageError(str(error)) from None
+        journal.prepare_run_directory()
+        report = _run(check(pid, fd), target, wanted, progress)
+    except PassError:
+        raise
+    except TcpcpError as error:
+        raise PassError(_refused(pid, fd, error)) from error
+    if report.exit is not ExitCode.OK:
+        raise PassError(report)
+    return report
+
+
+def _refused(pid: int, fd: int, error: TcpcpError) -> Report:
+    return Report(id="", owner=Owner.ORIGIN, exit=error.exit_code, connection=f"process {pid}, descriptor {fd}",
+                  error=error.message, hint=error.hint)
+
+
+def _run(connection: Connection, target: Target | LocalTarget, options: Options, progress: Progress | None) -> Report:
+    record = Journal(journal.new_id(), journal.ORIGIN)
+    pid, control = keeper.start(record, connection, target, options)
+    with control:
+        said = _listen(control, progress)
+    os.waitpid(pid, 0)
+    if said is None:
+        return _after_keeper(record, connection, progress)
+    return said
+
+
+def _listen(control: socket.socket, progress: Progress | None) -> Report | None:
+    """What the keeper says until it ends; Ctrl-C asks it to undo, and waits on. None where it ended without a
+    report."""
+    while True:
+        try:
+            data = control.recv(1 << 20)
+        except KeyboardInterrupt:
+            control.send(b"cancel")
+            continue
+        if not data:
+            return None
+        said = json.loads(data)
+        if "report" in said:
+            return Report.from_json(said["report"])
+        if "failed" in said:
+            raise Refused(said["failed"], hint=said["hint"])
+        if progress is not None:
+            progress(said["progress"])
+
+
+def _after_keeper(record: Journal, connection: Connection, progress: Progress | None) -> Report:
+    """The keeper was killed. What it wrote last says whether the connection may still be the origin's."""
+    if record.last() in ("offered", "committed"):
+        if progress is not None:
+            progress("the keeper was killed; settling the pass")
+        return settle.resolve(record.pass_id)
+    if record.exists():
+        record.remove()
+    settle.sweep_host()
+    return Report(id=record.pass_id, owner=Owner.ORIGIN, exit=ExitCode.ROLLED_BACK, connection=str(connection.flow),
+                  error="the keeper was killed before the offer; the origin process has its connection")

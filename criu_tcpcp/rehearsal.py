@@ -1,0 +1,90 @@
+"""A pass in miniature, before anything real is stopped: a connection of our own, in a network namespace of our own.
+
+The first time that code runs, it is slow: bytecode is specialised, protobuf classes are built, kernel paths and caches
+are cold; together some 5 ms that the peer would wait. So both sides go through the motions once while staging (some 10
+ms off the clock of the peer), and `check` calls it to see that a state can be read and restored at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import socket
+import struct
+
+from .core.endpoint import Flow
+from .core.errors import Refused
+from .core.image import decode, encode
+from .core.messages import Decoder, Prepare
+from .core.messages import encode as encode_message
+from .core.restoreplan import activation_steps, clock_steps, dormant_steps
+from .kernel import netns, repair, sockopt, tcpinfo
+from .kernel.rawpacket import Injector, Sniffer
+from .kernel.rules import MARK, host_rules
+from .kernel.syscalls import failing
+from .kernel.timestamps import learn_ts_recent
+
+_LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1
+_PROBE_TIMEOUT_S = 0.5
+_WORD = b"rehearsal"
+
+
+def rehearse(ip_version: int) -> None:
+    """Read the state of a loopback connection, end it, restore it from its image, and use it. Raises what fails."""
+    with netns.private():
+        _loopback_up()
+        peer, sock = _connection(ip_version)
+        flow = tcpinfo.flow_of(sock)
+        sniffer, injector = Sniffer(flow), Injector(ip_version, MARK)
+        restored = socket.socket(flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            _rules(flow)
+            _pass_on(sock, restored, flow, sniffer, injector)
+            restored.sendall(_WORD)
+            if peer.recv(64) != _WORD * 2:
+                raise Refused("a restored connection does not work on this kernel")
+        finally:
+            for part in (restored, sock, peer, sniffer, injector):
+                part.close()
+
+
+def _pass_on(sock: socket.socket, restored: socket.socket, flow: Flow, sniffer: Sniffer, injector: Injector) -> None:
+    options = sockopt.read_all(sock)
+    ts_recent: int | None = None
+    if tcpinfo.read(sock).options & 1:
+        ts_recent = learn_ts_recent(sock, flow, sniffer, injector, _PROBE_TIMEOUT_S)
+    state = repair.read_state(sock, options, True, ts_recent)
+    image = encode(state)
+    Decoder().feed(encode_message(Prepare("", "", image.inet_sk, image.tcp_stream, image.extras, b"")))
+    repair.end_silently(sock)
+    restorer = repair.Restorer(restored, transparent=False, inject=lambda segment: injector.deliver(flow, segment))
+    restorer.run(dormant_steps(decode(image)))
+    restorer.run(clock_steps(state, 0))
+    restorer.run(activation_steps(state))
+
+
+def _rules(flow: Flow) -> None:
+    """The same transactions that the freeze will make, in tables that end with the namespace."""
+    with host_rules(flow.ip_version) as rules:
+        rules.prepare_fence()
+        rules.fence(flow)
+        rules.unfence(flow)
+        rules.move(flow, ipaddress.ip_address(_LOOPBACK[flow.ip_version]), 1)
+        rules.stay(flow)
+
+
+def _loopback_up() -> None:
+    with failing("SIOCSIFFLAGS"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP))
+
+
+def _connection(ip_version: int) -> tuple[socket.socket, socket.socket]:
+    """(a connected socket, the accepted one), with a word in the latter's send queue."""
+    family = socket.AF_INET if ip_version == 4 else socket.AF_INET6
+    with (failing("a connection over loopback"),
+          socket.create_server((_LOOPBACK[ip_version], 0), family=family) as listener):
+        peer = socket.create_connection(listener.getsockname()[:2], timeout=2)
+        sock, _address = listener.accept()
+        sock.sendall(_WORD)
+        return peer, sock

@@ -1,0 +1,138 @@
+"""`criu-tcpcp serve`: the destination's remote entry. Started over SSH, it speaks on stdin and stdout, and ends with
+them.
+
+One process serves one link, and on it one pass after another. A new pass begins with Stage; a Query asks about an old
+one, which another serve may still be working on: then this one waits for it (the journal's lock) before it answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+from ._version import __version__
+from .core import handoff, messages
+from .core.criu import messages as load_criu_messages
+from .core.errors import JournalError, LinkError, ProtocolError, TcpcpError
+from .core.handoff import DESTINATION_FINAL, Event
+from .destination import Destination
+from .executor import Executor, without_garbage_collection
+from .journal import Journal, prepare_run_directory
+from .kernel import netns, syscalls
+from .settle import sweep_host
+from .transport.wire import Wire
+
+_LOCK_TIMEOUT_S = 12.0
+
+
+def serve() -> None:
+    """Serve the link on stdin and stdout until it ends. Raises LinkError where the link ended in the middle, and
+    ProtocolError where the other side does not speak the protocol."""
+    reading, writing = _claim_stdio()
+    syscalls.name_process("tcpcp-serve")
+    syscalls.forbid_core_dumps()
+    wire = Wire(reading, writing)
+    hello = wire.receive(None)
+    if not isinstance(hello, messages.Hello):
+        raise ProtocolError("the other end did not introduce itself as criu-tcpcp")
+    try:
+        prepare_run_directory()
+        load_criu_messages()
+    except TcpcpError as error:
+        wire.send(messages.Refused("", error.message, error.hint))
+        return
+    network = netns.identity("/proc/thread-self/ns/net")
+    wire.send(messages.Hello(messages.PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(), list(network)))
+    sweep_host()
+    while True:
+        try:
+            message = wire.receive(None)
+        except LinkError:
+            return
+        match message:
+            case messages.Stage():
+                _pass(message, wire)
+            case messages.Query():
+                _answer(message, wire)
+            case messages.Settled():
+                _settled(message)
+            case messages.Abort():
+                continue  # of a pass that is over here
+            case _:
+                raise ProtocolError(f"{type(message).__name__} out of turn")
+
+
+def _claim_stdio() -> tuple[int, int]:
+    """stdin and stdout belong to the protocol alone: whatever prints must not spoil it."""
+    reading, writing = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.close(null)
+    sys.stdout.flush()
+    return reading, writing
+
+
+def _pass(stage: messages.Stage, wire: Wire) -> None:
+    try:
+        side = Destination.staged(stage, wire)
+    except TcpcpError as error:
+        wire.send(messages.Refused(stage.pass_id, error.message, error.hint))
+        return
+    with contextlib.closing(side), side.journal.locked(), without_garbage_collection():
+        wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into))
+        _run(side)
+
+
+def _answer(query: messages.Query, wire: Wire) -> None:
+    journal = Journal(query.pass_id, "destination")
+    with _waiting_lock(journal) as mine:
+        if not mine:
+            return  # another serve is at work on it: no answer, the origin asks again
+        if journal.field("staged") is None:
+            # Never heard of, or already undone and deleted: either way nothing can commit it any more once this is
+            # written; a serve that still held it dormant would find its journal gone.
+            _abort_unknown(journal)
+            wire.send(messages.Aborted(query.pass_id, "the destination does not have it"))
+            return
+        with contextlib.closing(Destination.recovered(journal, wire)) as side:
+            _run(side, Event.QUERY)
+
+
+def _abort_unknown(journal: Journal) -> None:
+    if not journal.exists():
+        journal.create()
+    if journal.decide("aborted") != "aborted":
+        raise JournalError(f"the journal of pass {journal.pass_id} says committed, and not of what")
+    journal.remove()
+
+
+@contextlib.contextmanager
+def _waiting_lock(journal: Journal) -> Iterator[bool]:
+    """The journal's lock, if it can be had in time; an unknown pass needs none."""
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    while journal.exists():
+        with contextlib.suppress(JournalError), journal.locked(wait=False) as mine:
+            if mine or time.monotonic() > deadline:
+                yield mine
+                return
+        time.sleep(0.05)
+    yield True
+
+
+def _run(side: Destination, event: Event | None = None) -> None:
+    executor = Executor(handoff.destination(), side, DESTINATION_FINAL)
+    side.steps, side.left = executor.steps, executor.left
+    executor.run(event)
+
+
+def _settled(message: messages.Settled) -> None:
+    """The origin will not ask again: what remains is what `passes` shows and `release` takes away."""
+    journal = Journal(message.pass_id, "destination")
+    if journal.exists():
+        journal.write("settled")
+

@@ -1,0 +1,263 @@
+"""What survived: list it, settle passes in doubt, take away what a passed connection no longer needs.
+
+`resolve` runs the very machine that the keeper ran, from the state that the journal gives, over a new link. `release`
+removes the rules of finished passes (the old host would otherwise keep them as long as packets come by) and their
+records. `sweep_host` removes what processes that were killed have left: it is safe at any time, beside any other
+command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from . import journal as journals
+from .core import handoff
+from .core.endpoint import Flow
+from .core.errors import ExitCode, InDoubt, KernelError, Owner, Refused, TcpcpError
+from .core.handoff import ORIGIN_FINAL, Event, OriginState
+from .core.tcp import TcpState
+from .executor import Executor
+from .inventory import Connection
+from .journal import Journal, structure_lock
+from .kernel import netns, process, routing, sockdiag, syscalls
+from .kernel.rules import HostRules, host_rules
+from .redirect.forward import DivertAtDestination
+from .report import Report
+
+IP_VERSIONS = (4, 6)
+
+
+@dataclass(frozen=True)
+class KnownPass:
+    """One side of a pass, as this host's journal and kernel know it. `state`: in doubt | done | active | ...;
+    `rules`: the sets of this host's table in which the connection stands."""
+
+    id: str
+    side: str
+    state: str
+    connection: str
+    other_host: str
+    rules: tuple[str, ...]
+    working: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "side": self.side, "state": self.state, "connection": self.connection,
+                "other_host": self.other_host, "rules": list(self.rules), "working": self.working}
+
+
+def passes() -> list[KnownPass]:
+    """Every pass that this host knows of."""
+    found = []
+    for journal in journals.all_journals():
+        with contextlib.suppress(TcpcpError):
+            found.append(_known(journal))
+    return found
+
+
+def _known(journal: Journal) -> KnownPass:
+    first = journal.field("intent") or journal.field("staged") or {}
+    flow = Flow.from_json(first["flow"]) if "flow" in first else None
+    with journal.locked(wait=False) as mine:
+        working = not mine
+    return KnownPass(journal.pass_id, journal.side, _state(journal, working), str(flow or "?"),
+                     str(first.get("host", "")), tuple(_rules_of(journal, flow)), working)
+
+
+def _state(journal: Journal, working: bool) -> str:
+    if working:
+        return "working"
+    last = journal.last()
+    if journal.side == journals.DESTINATION:
+        return {"settled": "active", "active": "active"}.get(last, journal.verdict() or "undecided")
+    if any(record["boot"] != syscalls.boot_id() for record in journal.records()):
+        return "of an earlier boot"
+    return {"offered": "in doubt", "committed": "unconfirmed", "intent": "undone", "done": "done", "lost": "lost",
+            "released": "released"}.get(last, last or "undone")
+
+
+def _rules_of(journal: Journal, flow: Flow | None) -> list[str]:
+    if flow is None:
+        return []
+    with _namespace_of(journal), host_rules(flow.ip_version) as rules:
+        return sorted(name for name, flows in rules.flows().items() if _plain(flow) in flows)
+
+
+def _plain(flow: Flow) -> Flow:
+    """As the rules name it: they see packets, not sockets."""
+    return Flow(flow.local, flow.peer)
+
+
+@contextlib.contextmanager
+def _namespace_of(journal: Journal):  # type: ignore[no-untyped-def]
+    """The network namespace in which the rules of this side stand: the origin process's, if that is still there."""
+    intent = journal.field("intent")
+    if intent is not None:
+        with contextlib.suppress(TcpcpError):
+            identity = process.identity(intent["pid"])
+            if identity.start_time == intent["start_time"]:
+                with netns.enter(process.network_namespace(identity.pid)):
+                    yield
+                return
+    yield
+
+
+# -- resolve -----------------------------------------------------------------------------------------------------------
+
+def unsettled() -> list[Journal]:
+    """Passes of this origin whose end is not known, and that no process works on."""
+    return [journal for journal in journals.all_journals() if journal.side == journals.ORIGIN
+            and _known(journal).state in ("in doubt", "unconfirmed")]
+
+
+def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False) -> Report:
+    """Settle one pass: ask the destination until it answers, at most `settle_s`. `force_origin` takes the connection
+    back without its word: if it did commit, two hosts speak for the connection from then on, and the peer may reset
+    it."""
+    from .keeper import make_report
+    from .origin import Origin
+    journal = Journal(pass_id, journals.ORIGIN)
+    if not journal.exists():
+        raise Refused(f"this host knows no pass {pass_id} as its origin", hint="criu-tcpcp passes")
+    with journal.locked(wait=False) as mine:
+        if not mine:
+            raise InDoubt(f"another process is settling pass {pass_id} at this moment", hint="criu-tcpcp passes")
+        if journal.last() not in ("offered", "committed"):
+            return _settled_report(journal)
+        if journal.field("offered")["boot"] != syscalls.boot_id():  # type: ignore[index]
+            journal.write("lost")
+            return _settled_report(journal)
+        connection = _remains(journal)
+        origin = Origin.recovered(journal, connection, settle_s)
+        # Also where "committed" is written: how far the leave-taking behind it came is not, and all of it can be
+        # repeated.
+        executor = Executor(handoff.origin(OriginState.DOUBT), origin, ORIGIN_FINAL)
+        try:
+            with netns.enter(origin.namespace):
+                executor.run(Event.FORCED if force_origin else Event.TIMEOUT)
+            report = make_report(origin, executor)
+            if executor.machine.state is OriginState.ROLLED_BACK:
+                journal.remove()
+            return report
+        finally:
+            with netns.enter(origin.namespace):
+                origin.close()
+
+
+def _remains(journal: Journal) -> Connection:
+    """The endpoint as the journal remembers it: its process may have changed or gone."""
+    intent = journal.field("intent")
+    if intent is None:
+        raise Refused(f"the journal of pass {journal.pass_id} is damaged: it does not say of which connection")
+    return Connection(pid=intent["pid"], process_name=process.name(intent["pid"]),
+                      descriptors=tuple(intent["descriptors"]), inode=intent["inode"], state=TcpState.ESTABLISHED,
+                      flow=Flow.from_json(intent["flow"]), unread=0, unacknowledged=0, cookie=intent["cookie"],
+                      why_not=None)
+
+
+def _settled_report(journal: Journal) -> Report:
+    last = journal.last()
+    owner = {"done": Owner.DESTINATION, "lost": Owner.NONE}.get(last, Owner.ORIGIN)
+    code = {Owner.NONE: ExitCode.LOST, Owner.ORIGIN: ExitCode.ROLLED_BACK}.get(owner, ExitCode.OK)
+    known = _known(journal)
+    texts = {Owner.NONE: "the connection is lost",
+             Owner.ORIGIN: "the pass was never offered: the origin has its connection"}
+    return Report(id=journal.pass_id, owner=owner, exit=code, connection=known.connection, error=texts.get(owner))
+
+
+# -- release -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Released:
+    """What `release` did, and what it left alone and why."""
+
+    released: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def release(pass_id: str | None = None, *, force: bool = False) -> Released:
+    """Take away the rules and the records of one finished pass, or of all. Idempotent. A pass that is in doubt or at
+    work is kept, and so is a connection that is alive at this host: its rules bring it its packets."""
+    done, kept = [], []
+    chosen = [one for one in journals.all_journals() if pass_id is None or one.pass_id == pass_id]
+    for journal in chosen:
+        why = _why_kept(journal, force)
+        if why is None:
+            _remove(journal)
+            done.append(f"{journal.pass_id} ({journal.side})")
+        else:
+            kept.append(f"{journal.pass_id} ({journal.side}): {why}")
+    sweep_host()
+    return Released(tuple(done), tuple(kept))
+
+
+def _why_kept(journal: Journal, force: bool) -> str | None:
+    known = _known(journal)
+    if known.working:
+        return "a process is working on it"
+    if known.state in ("in doubt", "unconfirmed"):
+        return f"its end is not known: criu-tcpcp resolve {journal.pass_id}"
+    if journal.side == journals.DESTINATION and journal.verdict() == "committed":
+        staged = journal.field("staged")
+        if journal.field("settled") is None and not force:
+            return "its origin has not confirmed the end and may ask again"
+        if staged is not None and sockdiag.state_of(Flow.from_json(staged["flow"])) is not None:
+            return "its connection is alive here"
+    return None
+
+
+def _remove(journal: Journal) -> None:
+    first = journal.field("intent") or journal.field("staged")
+    if first is not None:
+        flow = Flow.from_json(first["flow"])
+        with _namespace_of(journal), host_rules(flow.ip_version) as rules:
+            if journal.side == journals.DESTINATION:
+                _undo_destination(rules, flow)
+            elif not _alive_here(flow):  # passed back since: its fence is history
+                rules.stay(flow)
+                rules.unfence(flow)
+            rules.sweep()
+    journal.remove()
+
+
+def _alive_here(flow: Flow) -> bool:
+    return sockdiag.state_of(flow) is not None
+
+
+def sweep_host() -> None:
+    """Undo what a `serve` that was killed before its decision had staged, and remove rules that no connection needs."""
+    for journal in journals.all_journals():
+        if journal.side != journals.DESTINATION:
+            continue
+        with contextlib.suppress(TcpcpError), journal.locked(wait=False) as mine:
+            if mine and journal.exists() and journal.verdict() is None:
+                _undo_staged(journal)
+    for version in IP_VERSIONS:
+        with contextlib.suppress(KernelError), host_rules(version) as rules:
+            _sweep(rules, version)
+
+
+def _undo_staged(journal: Journal) -> None:
+    journal.decide("aborted")
+    staged = journal.field("staged")
+    if staged is not None:
+        flow = Flow.from_json(staged["flow"])
+        with host_rules(flow.ip_version) as rules:
+            _undo_destination(rules, flow)
+    journal.remove()
+
+
+def _undo_destination(rules: HostRules, flow: Flow) -> None:
+    """A host that has passed the connection away before keeps its fence: packets still come by."""
+    if not rules.is_moved(flow):
+        rules.unfence(flow)
+    DivertAtDestination().undo(rules, flow)
+
+
+def _sweep(rules: HostRules, version: int) -> None:
+    rules.sweep()
+    with structure_lock():
+        routing.sweep_diverts(version, rules.diverted_addresses())
+
+
