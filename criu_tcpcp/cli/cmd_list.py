@@ -1,0 +1,40 @@
+"""List connections, and whether each can be passed, or why not."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..core.errors import ExitCode
+from . import console
+
+HELP = "list connections, and whether each can be passed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pid", type=int, help="only this process")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from .. import inventory
+    if arguments.pid is not None:
+        from ..kernel import process
+        process.identity(arguments.pid)
+    found = sorted(inventory.connections(arguments.pid), key=lambda one: (one.pid, one.descriptors))
+    if arguments.json:
+        for one in found:
+            console.result_json(_object(one))
+        return int(ExitCode.OK)
+    rows = [["State", "Recv-Q", "Send-Q", "Local Address:Port", "Peer Address:Port", "Process", "FD", "Passable"]]
+    rows += [[one.state.label, str(one.unread), str(one.unacknowledged), str(one.flow.local) if one.flow else "*",
+              str(one.flow.peer) if one.flow else "*", f"{one.process_name}({one.pid})",
+              ",".join(map(str, one.descriptors)), f"no: {one.why_not}" if one.why_not else "yes"] for one in found]
+    console.table(rows)
+    return int(ExitCode.OK)
+
+
+def _object(one: Any) -> dict[str, Any]:
+    return {"pid": one.pid, "process": one.process_name, "fds": list(one.descriptors), "state": one.state.label,
+            "local": str(one.flow.local) if one.flow else None, "peer": str(one.flow.peer) if one.flow else None,
+            "recv_q": one.unread, "send_q": one.unacknowledged, "passable": one.why_not is None, "why_not": one.why_not}

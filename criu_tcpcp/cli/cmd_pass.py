@@ -1,0 +1,129 @@
+"""Pass a connection of a process on this host (the origin) to a process on another (the destination)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import ExitCode, UsageError
+from . import console
+from .arguments import add_ssh_arguments, target_of
+
+HELP = "pass a connection to another host"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pid", type=int, required=True, help="the process that has the connection")
+    parser.add_argument("--fd", type=int, required=True, help="its descriptor")
+    parser.add_argument("--host", required=True, metavar="[USER@]HOST[:PORT]", help="the destination")
+    parser.add_argument("--into", default="auto", metavar="WAY",
+                        help="auto, or receiver[:PATH]: who takes the connection there (default: %(default)s)")
+    parser.add_argument("--redirect", default="auto", choices=["auto", "none", "forward"],
+                        help="how later packets get there (default: %(default)s)")
+    parser.add_argument("--via", metavar="ADDRESS", help="the destination's address for packets (default: as SSH)")
+    parser.add_argument("--when", default="idle", metavar="now|idle[:MS]",
+                        help="take any instant, or wait up to MS (200) for one at which the program is quiet")
+    parser.add_argument("--max-stall", type=int, default=500, metavar="MS",
+                        help="undo the pass when it takes longer than this before the offer (default: %(default)s)")
+    parser.add_argument("--app-state", metavar="FILE|-", help="bytes for the application at the destination")
+    parser.add_argument("--origin-sees", default="reset", choices=["reset", "eof"],
+                        help="what the origin program reads afterwards (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="the time of every step")
+    add_ssh_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from .. import passing
+    from ..report import PassError
+    target = target_of(arguments)
+    options = _options(arguments)
+    if arguments.dry_run:
+        return _dry_run(arguments)
+    try:
+        report = passing.pass_connection(arguments.pid, arguments.fd, target, progress=console.progress, **options)
+    except PassError as error:
+        report = error.report
+        if not arguments.json:
+            if arguments.verbose:
+                _print_steps(report)
+            raise
+    if arguments.json:
+        console.result_json(report.to_json())
+    else:
+        _print(report, arguments.verbose)
+    return int(report.exit)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"into": arguments.into, "redirect": arguments.redirect, "via": arguments.via,
+            "idle_ms": _idle_ms(arguments.when), "max_stall_ms": _positive("--max-stall", arguments.max_stall),
+            "app_state": _app_state(arguments.app_state), "origin_sees": arguments.origin_sees}
+
+
+def _positive(name: str, value: int) -> int:
+    if value <= 0:
+        raise UsageError(f"{name} {value} is no time at all")
+    return value
+
+
+def _idle_ms(text: str) -> int | None:
+    if text == "now":
+        return None
+    kind, _, number = text.partition(":")
+    if kind != "idle" or (number and not (number.isascii() and number.isdigit())) or text.endswith(":"):
+        raise UsageError(f"--when {text!r}: now, idle, or idle:MS")
+    return int(number) if number else 200
+
+
+def _app_state(name: str | None) -> bytes:
+    if name is None:
+        return b""
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--app-state {name}: {error.strerror}") from None
+
+
+def _dry_run(arguments: argparse.Namespace) -> int:
+    """What this host can tell beforehand; the destination is reached and asked, and nothing is stopped there or
+    here."""
+    from .. import passing
+    from ..core import handoff
+    connection = passing.check(arguments.pid, arguments.fd)
+    preview = passing.preview(connection, target_of(arguments), _options(arguments))
+    actions = [action.value for transition in (
+        handoff.ORIGIN[handoff.OriginState.READY, handoff.Event.START],
+        handoff.ORIGIN[handoff.OriginState.PREPARED, handoff.Event.PREPARED],
+        handoff.ORIGIN[handoff.OriginState.OFFERING, handoff.Event.DONE],
+        handoff.ORIGIN[handoff.OriginState.OFFERED, handoff.Event.COMMITTED]) for action in transition.actions]
+    if arguments.json:
+        console.result_json({"schema": 1, "connection": str(connection.flow), "actions": actions, **preview})
+    else:
+        console.result(f"{connection.flow}, {connection.state.label}: can be passed")
+        for name, value in preview.items():
+            console.result(f"  {name}: {value}")
+        console.result("  steps: " + ", ".join(actions))
+    return int(ExitCode.OK)
+
+
+def _print(report: Any, verbose: bool) -> None:
+    console.result(f"passed {report.connection}")
+    console.result(f"  into: {report.into}")
+    console.result(f"  redirect: {report.redirect}")
+    if report.stall_ms is not None:
+        console.result(f"  packets of the peer were held for {report.stall_ms:.1f} ms")
+    for note in report.notes:
+        console.result(f"  note: {note}")
+    if verbose:
+        _print_steps(report)
+
+
+def _print_steps(report: Any) -> None:
+    for side, name, milliseconds in report.steps:
+        console.result(f"  {side:<12} {name:<16} {milliseconds:8.3f} ms")
+
+

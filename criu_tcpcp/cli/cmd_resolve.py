@@ -1,0 +1,45 @@
+"""Settle passes in doubt: ask the destination what became of them."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..core.errors import ExitCode
+from . import console
+
+HELP = "settle passes in doubt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", nargs="?", help="the pass (default: all that are in doubt)")
+    parser.add_argument("--force-origin", action="store_true",
+                        help="take the connection back without the destination's word: if it did take it, two hosts "
+                             " speak for it from then on")
+    parser.add_argument("--timeout", type=float, default=10, metavar="S",
+                        help="how long to ask the destination (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a pass")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from .. import settle
+    if arguments.force_origin:
+        if arguments.id is None:
+            from ..core.errors import UsageError
+            raise UsageError("--force-origin needs the id of one pass")
+        console.log("warning: taking the connection back without the destination's word; if it has committed, the "
+                    "peer will hear two hosts and may reset the connection")
+    ids = [arguments.id] if arguments.id else [journal.pass_id for journal in settle.unsettled()]
+    codes = set()
+    for pass_id in ids:
+        report = settle.resolve(pass_id, settle_s=arguments.timeout, force_origin=arguments.force_origin)
+        codes.add(report.exit)
+        if arguments.json:
+            console.result_json(report.to_json())
+        else:
+            console.result(f"{report.id}: {report.owner.value}" + (f": {report.error}" if report.error else ""))
+    if not ids and not arguments.json:
+        console.result("no pass is in doubt")
+    # A settled pass whose connection came back is a success of `resolve`, but its status still tells the owner.
+    if len(codes) > 1:
+        return int(ExitCode.MIXED)
+    return int(codes.pop()) if codes else int(ExitCode.OK)

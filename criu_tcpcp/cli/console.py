@@ -1,0 +1,53 @@
+"""Where words leave the program: results to stdout, everything else to stderr, colour only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from ..core.errors import Owner, TcpcpError
+
+_OWNERS = {Owner.ORIGIN: "the origin has the connection", Owner.DESTINATION: "the destination has the connection",
+           Owner.UNKNOWN: "who has the connection is not known yet", Owner.NONE: "nobody has the connection"}
+
+
+def result(text: str) -> None:
+    print(text, flush=True)
+
+
+def result_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def progress(text: str) -> None:
+    """Passing words for a person who watches; silent where nobody does."""
+    if sys.stderr.isatty():
+        print(f"criu-tcpcp: {text}", file=sys.stderr, flush=True)
+
+
+def log(text: str) -> None:
+    print(f"criu-tcpcp: {text}", file=sys.stderr, flush=True)
+
+
+def error(problem: TcpcpError, *, about_connection: bool) -> None:
+    """One line: what was wrong, what to do, and who owns the connection where one was concerned."""
+    text = problem.message + (f" ({problem.hint})" if problem.hint else "")
+    owner = _OWNERS[problem.owner] if about_connection else ""
+    if owner and "has its connection" not in text:
+        text += f"; {owner}"
+    log(_emphasised(" ".join(text.split())))
+
+
+def _emphasised(text: str) -> str:
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        return f"\033[31m{text}\033[0m"
+    return text
+
+
+def table(rows: list[list[str]]) -> None:
+    """Columns as wide as they need to be; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,74 @@
+"""`criu-tcpcp`: the table of commands, and the place where an error becomes a line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from .._version import __version__
+from ..core.errors import ExitCode, TcpcpError, UsageError
+from . import console
+
+#: name -> (module, whether a connection's owner belongs into its error lines)
+COMMANDS: dict[str, tuple[str, bool]] = {
+    "pass": ("cmd_pass", True),
+    "list": ("cmd_list", False),
+    "check": ("cmd_check", False),
+    "passes": ("cmd_passes", False),
+    "resolve": ("cmd_resolve", True),
+    "release": ("cmd_release", False),
+    "serve": ("cmd_serve", False),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors as one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _Parser(prog="criu-tcpcp", description="Pass one live TCP connection from a process on this host to "
+                  "a process on another. The peer never notices.")
+    top.add_argument("--version", action="version", version=f"criu-tcpcp {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name in COMMANDS:
+        module = _module(name)
+        sub = commands.add_parser(name, help=module.HELP, description=(module.__doc__ or "").strip().split("\n\n")[0])
+        module.add_arguments(sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    about_connection = False
+    try:
+        arguments = parser().parse_args(argv)
+        about_connection = COMMANDS[arguments.command][1]
+        status = _module(arguments.command).run(arguments)
+        return int(status)
+    except TcpcpError as problem:
+        console.error(problem, about_connection=about_connection and problem.exit_code is not ExitCode.USAGE)
+        return int(problem.exit_code)
+    except KeyboardInterrupt:
+        console.log("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""A lab with a program at each host, a peer that talks, captures that see all, and the real command that passes.
+
+`World` is what every test of a pass starts from. It ends every test with the same questions: did the wire assertions
+hold, and is anything left on a host?
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from criu_tcpcp import verify
+from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.lab import Host, Lab, leftovers
+from waiting import PATIENCE_S, until
+
+COMMAND = str(Path(sys.executable).parent / "criu-tcpcp")
+PORT = 9000
+
+
+class Program:
+    """A process in a host that tells events as JSON lines."""
+
+    def __init__(self, host: Host, argv: list[str], **options: Any) -> None:
+        self.host = host
+        self.process = host.spawn(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+        self.events: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                words = line.split()
+                self.events.append(json.loads(line) if line.startswith("{") else {"event": words[0], "words": words})
+                self._changed.notify_all()
+
+    def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
+        """The `count`th event of this name."""
+        def found() -> list[dict[str, Any]]:
+            return [one for one in self.events if one.get("event") == event]
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(found()) >= count, PATIENCE_S), (event, self.events, self.words())
+            return found()[count - 1]
+
+    def count(self, event: str) -> int:
+        return sum(one.get("event") == event for one in self.events)
+
+    def words(self) -> str:
+        """What it said on stderr, once it has ended."""
+        if self.process.poll() is None or self.process.stderr is None:
+            return ""
+        return self.process.stderr.read()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class World:
+    """Origin and destination with a `lab.node` each; use `world(...)`."""
+
+    def __init__(self, lab: Lab, kind: str = "echo", *, version: int = 4, listen: str | None = None,
+                 register: bool = True, node_options: tuple[str, ...] = ()) -> None:
+        self.lab, self.version, self.kind = lab, version, kind
+        self.clean = {host.name: leftovers(host) for host in (lab.origin, lab.destination)}
+        for host in (lab.origin, lab.destination):
+            host.run([COMMAND, "check", "--feature", "run-directory"])
+        common = [sys.executable, "-m", "criu_tcpcp.lab.node", "--port", str(PORT), "--kind", kind,
+                  *(["--register"] if register else []), *node_options]
+        address = listen or ("0.0.0.0" if version == 4 else "::")
+        self.nodes = {
+            lab.origin.name: Program(lab.origin, [*common, "--listen", address]),
+            lab.destination.name: Program(lab.destination, common)}
+        for node in self.nodes.values():
+            node.wait_for("listening")
+        self.owner = lab.origin
+        self.flow: Flow | None = None
+        self.passes = 0
+        self._captures: list[tuple[str, verify.Role, subprocess.Popen[bytes], Path]] = []
+        self._captures_on()
+
+    # -- captures ------------------------------------------------------------------------------------------------------
+
+    def _captures_on(self) -> None:
+        for host, role in ((self.lab.peer, verify.Role.PEER), (self.lab.origin, verify.Role.ORIGIN),
+                           (self.lab.destination, verify.Role.DESTINATION)):
+            path = self.lab.directory / f"{role.value}.pcap"
+            process = host.spawn(["tcpdump", "-i", host.interface, "-s", "200", "-B", "65536", "-U", "--immediate-mode",
+                                  "-w", str(path), "tcp or icmp or icmp6"], stderr=subprocess.PIPE)
+            assert process.stderr is not None
+            assert b"listening" in process.stderr.readline()
+            self._captures.append((role.value, role, process, path))
+
+    def verdict(self, before: dict[str, int], **expect: Any) -> verify.Verdict:
+        """The wire assertions over the whole life of the connection. Where it was passed more than once, "the origin is
+        silent after the destination's first packet" is asked in another form: the speaker changed as often as it was
+        passed, and never in between."""
+        after = self.counters()
+        captures = self.captures()
+        assert self.flow is not None
+        assert self._speaker_changes(captures) == self.passes
+        judged = captures if self.passes == 1 else [one for one in captures if one.role is verify.Role.PEER]
+        return verify.verify(judged, self.flow, verify.Expectations(loss_free=True, **expect), counters=(before, after))
+
+    def _speaker_changes(self, captures: list[verify.Capture]) -> int:
+        """How often another host began to speak for the passed end, by what left the hosts."""
+        own = {host.name: json.loads(host.run(["ip", "-j", "link", "show", "dev", host.interface]).stdout)[0]["address"]
+               for host in (self.lab.origin, self.lab.destination)}
+        assert self.flow is not None
+        spoken = sorted((packet.time_ns, capture.name) for capture in captures
+                        if capture.role is not verify.Role.PEER for packet in capture.packets
+                        if packet.src == self.flow.local and packet.ether_src is not None
+                        and packet.ether_src.hex(":") == own[capture.name])
+        names = [name for _time, name in spoken]
+        return sum(one != other for one, other in itertools.pairwise(names))
+
+    def captures(self) -> list[verify.Capture]:
+        """Stop capturing, and what was captured."""
+        found = []
+        for name, role, process, path in self._captures:
+            process.terminate()
+            process.wait()
+            found.append(verify.parse(path.read_bytes(), name, role))
+        self._captures = []
+        return found
+
+    def knows_peer(self, port: int) -> None:
+        """The connection under test is the one from this port of the peer."""
+        addresses = [host.address(self.version) for host in (self.lab.origin, self.lab.peer)]
+        self.flow = Flow(Endpoint(ipaddress.ip_address(str(addresses[0])), PORT),
+                         Endpoint(ipaddress.ip_address(str(addresses[1])), port))
+        self.node.wait_for("serving")
+
+    # -- the pass ------------------------------------------------------------------------------------------------------
+
+    @property
+    def node(self) -> Program:
+        """The program that has the connection."""
+        return self.nodes[self.owner.name]
+
+    @property
+    def other(self) -> Host:
+        return self.lab.destination if self.owner is self.lab.origin else self.lab.origin
+
+    def descriptor(self) -> int:
+        """Of the connection, in the program that has it."""
+        return int(self.node.wait_for("serving", max(1, self.node.count("serving")))["fd"])
+
+    def pass_argv(self, *options: str) -> list[str]:
+        return [COMMAND, "pass", "--json", "--pid", str(self.node.process.pid), "--fd", str(self.descriptor()),
+                *self.lab.ssh_options(self.other, self.version), *options]
+
+    def pass_once(self, *options: str) -> dict[str, Any]:
+        """Pass the connection to the other host, over real SSH; returns the report."""
+        served = self.nodes[self.other.name].count("serving")
+        done = self.owner.run(self.pass_argv(*options), check=False)
+        assert done.stdout, done.stderr
+        report = json.loads(done.stdout)
+        assert done.returncode == report["exit"] == 0, (report, done.stderr)
+        self.owner = self.other
+        self.passes += 1
+        self.node.wait_for("serving", served + 1)
+        return dict(report)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, int]:
+        """The peer's kernel counters."""
+        return verify.parse_netstat(self.lab.peer.run(["cat", "/proc/thread-self/net/netstat"]).stdout
+                                    + self.lab.peer.run(["cat", "/proc/thread-self/net/snmp"]).stdout)
+
+    def release(self) -> list[str]:
+        """`release` at both hosts, and what is left there afterwards."""
+        for host in (self.lab.origin, self.lab.destination):
+            host.run([COMMAND, "release"])
+        for node in self.nodes.values():
+            node.end()
+        left: list[str] = []
+        for host in (self.lab.origin, self.lab.destination):
+            now = [line for line in leftovers(host) if "apps" not in line and line != "file d passes"]
+            left += [f"{host.name}: {line}" for line in now if line not in self.clean[host.name]]
+        return left
+
+
+@contextlib.contextmanager
+def world(kind: str = "echo", **options: Any) -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab, kind, **options)
+
+
+class Peer:
+    """A `lab.load` program at the peer."""
+
+    def __init__(self, here: World, *argv: str, address: str | None = None) -> None:
+        name, *rest = argv
+        target = address or str(here.lab.origin.address(here.version))
+        argv_ = [sys.executable, "-m", "criu_tcpcp.lab.load", name, target, str(PORT), *rest]
+        self.program = Program(here.lab.peer, argv_, stdin=subprocess.PIPE)
+        port = int(self.program.wait_for("ready")["words"][1])
+        here.knows_peer(port)
+
+    def finish(self) -> dict[str, Any]:
+        """Ask it to end in order; its report."""
+        process = self.program.process
+        if process.stdin is not None:
+            process.stdin.close()
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
+        until(lambda: any("program" in one for one in self.program.events), "the peer's report")
+        return next(one for one in self.program.events if "program" in one)
