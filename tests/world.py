@@ -70,7 +70,7 @@ class World:
     """Origin and destination with a `lab.node` each; use `world(...)`."""
 
     def __init__(self, lab: Lab, kind: str = "echo", *, version: int = 4, listen: str | None = None,
-                 register: bool = True, node_options: tuple[str, ...] = ()) -> None:
+                 register: bool = True, node_options: tuple[str, ...] = (), captured: bool = True) -> None:
         self.lab, self.version, self.kind = lab, version, kind
         self.clean = {host.name: leftovers(host) for host in (lab.origin, lab.destination)}
         for host in (lab.origin, lab.destination):
@@ -87,7 +87,8 @@ class World:
         self.flow: Flow | None = None
         self.passes = 0
         self._captures: list[tuple[str, verify.Role, subprocess.Popen[bytes], Path]] = []
-        self._captures_on()
+        if captured:
+            self._captures_on()
 
     # -- captures ------------------------------------------------------------------------------------------------------
 

@@ -224,8 +224,10 @@ class Table:
         width = 4 if self.version == 4 else 16
         flags = _SET_TIMEOUT | _SET_EVAL | _SET_CONCAT
         fields = nested(2, *(nested(1, be32(1, size)) for size in (width, 4, width, 4)))
+        # No size: the kernel would make room for that many at once, and shrinking a large empty hash table again, after
+        # the first element has gone, keeps a CPU busy for 3 ms (lib/rhashtable.c, rht_deferred_worker).
         return [text(1, self.name), text(2, name), be32(3, flags), be32(4, kind), be32(5, 2 * (width + 4)),
-                nested(9, be32(1, 65535), fields), be32(10, number)]
+                nested(9, fields), be32(10, number)]
 
     def remove_if_unused(self, component: Component) -> bool:
         """Remove the component unless a connection is in it; False where one is. One transaction."""

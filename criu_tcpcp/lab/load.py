@@ -4,8 +4,8 @@
     stream-peer HOST PORT    two paced streams at the same time, checked byte by byte
 
 Each prints `ready LOCALPORT` once connected, and one JSON object at its end: `error` (null, or what it saw), counts,
-and stalls: `stall_max_ns`, `stall_p50_ns`, `stall_p99_ns`, and the worst 20 with their wall-clock times. For rr-peer
-a stall is a response time, for stream-peer the time between two instants at which a byte moved. SIGTERM (or, with
+and stalls: `stall_max_ns`, `stall_p50_ns`, `stall_p99_ns`, and the worst (`--worst`, 20) with their wall-clock times. For
+rr-peer a stall is a response time, for stream-peer the time between two instants at which a byte moved. SIGTERM (or, with
 --until-eof, the end of stdin) asks rr-peer for an orderly end: the request in flight is answered, the write side shut
 down, the other end's EOF awaited. A stream-peer has an end of its own; SIGTERM before that is an error, and reported.
 Exit status 1 if there was an error.
@@ -28,7 +28,6 @@ from typing import Any
 from .answering import StreamEnd
 from .streams import Checker, Stream
 
-_WORST = 20
 _GOODBYE_S = 10.0
 
 
@@ -37,15 +36,16 @@ class PeerError(Exception):
 
 
 class Stalls:
-    """Durations in nanoseconds: percentiles of all, and the worst with the wall-clock time at which each began."""
+    """Durations in nanoseconds: percentiles of all, and the `worst` with the wall-clock time at which each began."""
 
-    def __init__(self) -> None:
+    def __init__(self, worst: int = 20) -> None:
         self._all = array("q")
+        self._keep = worst
         self._worst: list[tuple[int, int]] = []
 
     def add(self, duration_ns: int, wall_ns: int) -> None:
         self._all.append(duration_ns)
-        if len(self._worst) < _WORST:
+        if len(self._worst) < self._keep:
             heapq.heappush(self._worst, (duration_ns, wall_ns))
         elif duration_ns > self._worst[0][0]:
             heapq.heapreplace(self._worst, (duration_ns, wall_ns))
@@ -89,10 +89,10 @@ class Stop:
 
 
 def request_response(sock: socket.socket, stop: Stop, *, rate: float, size: int, answer_size: int, seed: int,
-                     answer_limit_s: float = 60.0) -> dict[str, Any]:
+                     answer_limit_s: float = 60.0, worst: int = 20) -> dict[str, Any]:
     """Request n is due 1/rate after request n-1 was, or right after its answer if that came later."""
     requests, answers = Stream(seed), Checker(seed + 1)
-    stalls = Stalls()
+    stalls = Stalls(worst)
     sent = answered = 0
     error: str | None = None
     due = time.monotonic()
@@ -191,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
             program.add_argument("--size", type=int, default=100)
             program.add_argument("--answer-size", type=int)
             program.add_argument("--seconds", type=float)
+            program.add_argument("--worst", type=int, default=20, help="how many response times to report")
             program.add_argument("--until-eof", action="store_true", help="end when stdin does")
         else:
             program.add_argument("--send", type=int, required=True)
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     with _connect(arguments) as sock:
         if stop is not None:
             report = request_response(sock, stop, rate=arguments.rate, size=arguments.size, seed=arguments.seed,
-                                      answer_size=arguments.answer_size or arguments.size)
+                                      answer_size=arguments.answer_size or arguments.size, worst=arguments.worst)
         else:
             signal.signal(signal.SIGTERM, _terminated)
             report = stream(sock, StreamEnd(arguments.seed, arguments.send, arguments.seed + 1, arguments.receive,

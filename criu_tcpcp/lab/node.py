@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--receive", type=int, default=0)
     parser.add_argument("--rate", type=float)
     arguments = parser.parse_args(argv)
+    _new_work(arguments)  # what the first one costs is spent here, not while a peer waits
     with Receiver(port=arguments.port) as receiver:
         if arguments.listen:
             threading.Thread(target=_accept, args=(arguments,), daemon=True).start()

@@ -12,6 +12,7 @@ replaced, and those are written for all stamps at once, as strides of a bytearra
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import struct
@@ -25,17 +26,24 @@ _PROBE = 512            # bytes after a fault that must be there to tell what ha
 _LOOKAHEAD = 2 * BLOCK  # how far a moved piece is followed
 
 
+@functools.lru_cache(maxsize=16)
+def _base_block(seed: int) -> bytes:
+    """The first block. It takes 15 ms, which a program that takes a connection over in the middle must not spend then:
+    it makes a Stream of the same seed beforehand."""
+    base = bytearray(random.Random(seed).randbytes(BLOCK))
+    for byte in range(8):
+        # The lowest 20 bits of an offset are the place within the block; byte 2 shares its bits with the block.
+        base[byte::STRIDE] = bytes(place * STRIDE >> 8 * byte & 0xFF for place in range(_STAMPS))
+    return bytes(base)
+
+
 class Stream:
     """The stream of one seed. `read` is a pure function of seed, offset and length; the last blocks are kept."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        base = bytearray(random.Random(seed).randbytes(BLOCK))
-        for byte in range(8):
-            # The lowest 20 bits of an offset are the place within the block; byte 2 shares its bits with the block.
-            base[byte::STRIDE] = bytes(place * STRIDE >> 8 * byte & 0xFF for place in range(_STAMPS))
-        self._base = bytes(base)
-        self._third = base[2::STRIDE]
+        self._base = _base_block(seed)
+        self._third = self._base[2::STRIDE]
         self._blocks: dict[int, bytes] = {}
 
     def _block(self, index: int) -> bytes:
@@ -45,7 +53,7 @@ class Stream:
         block = bytearray(self._base)
         start = index * BLOCK
         if shared := start >> 16 & 0xFF:
-            block[2::STRIDE] = bytes(self._third).translate(bytes((value | shared) & 0xFF for value in range(256)))
+            block[2::STRIDE] = self._third.translate(bytes((value | shared) & 0xFF for value in range(256)))
         for byte in range(3, 8):
             if value := start >> 8 * byte & 0xFF:
                 block[byte::STRIDE] = bytes((value,)) * _STAMPS
