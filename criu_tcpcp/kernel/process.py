@@ -39,7 +39,13 @@ def run_state(pid: int) -> str:
     return fields[0] if fields else ""
 
 
-def _stat(pid: int) -> list[str] | None:
+def has_ended(pid: int, tid: int) -> bool:
+    """The thread of this process has: a main thread stays visible as a zombie as long as there are others."""
+    fields = _stat(f"{pid}/task/{tid}")
+    return fields is None or fields[0] in ("Z", "X")
+
+
+def _stat(pid: int | str) -> list[str] | None:
     """The fields behind the command's name, which may hold anything."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:

@@ -10,6 +10,7 @@ ptrace belongs to a thread: all methods of a `Tracee` are for the thread that ma
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -32,6 +33,8 @@ _O_TRACECLONE = 0x8
 _EVENT_CLONE, _EVENT_STOP = 3, 128
 _NT_PRSTATUS, _NT_ARM_SYSTEM_CALL = 1, 0x404
 _WALL = 0x40000000
+
+_SPINS, _PAUSE_S = 4, 0.00003
 
 
 @dataclass(frozen=True)
@@ -86,29 +89,34 @@ class Tracee:
             raise Refused(f"process {self.pid} has exited")
 
     def _seize_new_threads(self) -> bool:
+        """Attach the threads that are not ours yet; False where there are none."""
         try:
             tids = [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             raise Refused(f"process {self.pid} has exited") from None
-        fresh = [tid for tid in tids if tid not in self._threads]
-        for tid in fresh:
-            try:
-                _ptrace(_SEIZE, tid, 0, _O_TRACECLONE)
-            except KernelError as error:
-                if error.errno == errno.ESRCH:  # it ended since
-                    continue
-                if error.errno == errno.EPERM:
-                    if process.run_state(self.pid) in ("Z", "X", ""):
-                        raise Refused(f"process {self.pid} has exited") from None
-                    # The kernel attached this one itself when it was cloned, or someone else traces it.
-                    if _tracer_of(self.pid, tid) != os.getpid():
-                        raise Refused(_why_not_traceable(self.pid, tid)) from None
-                    self._threads[tid] = False
-                    continue
+        before = len(self._threads)
+        for tid in tids:
+            if tid not in self._threads and self._seize(tid):
+                self._threads[tid] = False
+        return len(self._threads) > before
+
+    def _seize(self, tid: int) -> bool:
+        """False where the thread has ended (a main thread stays in the list as long as there are others)."""
+        try:
+            _ptrace(_SEIZE, tid, 0, _O_TRACECLONE)
+            with contextlib.suppress(KernelError):  # it ended since, which it reports
+                _ptrace(_INTERRUPT, tid)
+        except KernelError as error:
+            if error.errno == errno.ESRCH or process.has_ended(self.pid, tid):
+                return False
+            if error.errno != errno.EPERM:
                 raise
-            self._threads[tid] = False
-            _ptrace(_INTERRUPT, tid)
-        return bool(fresh)
+            # The kernel attached this one itself when it was cloned, or someone else traces it.
+            if _tracer_of(self.pid, tid) != os.getpid():
+                if process.has_ended(self.pid, tid):
+                    return False
+                raise Refused(_why_not_traceable(self.pid, tid)) from None
+        return True
 
     def _wait_for_stops(self, deadline: float) -> None:
         """Take the reports of threads until all known ones are stopped."""
@@ -117,14 +125,20 @@ class Tracee:
             progress = False
             for tid in [tid for tid, stopped in self._threads.items() if not stopped]:
                 progress = self._take_report(tid) or progress
+                # The end of a main thread is reported only when all others have ended.
+                if spins > _SPINS and tid in self._threads and process.has_ended(self.pid, tid):
+                    del self._threads[tid]
+                    progress = True
             if progress:
                 continue
             if time.monotonic() > deadline:
-                raise Refused(f"process {self.pid} could not be stopped in time",
-                              hint="a thread is in an uninterruptible wait")
+                slow = {tid: process.run_state(tid) for tid, stopped in self._threads.items() if not stopped}
+                raise Refused(f"process {self.pid} could not be stopped in time: "
+                              + ", ".join(f"thread {tid} is in state {state}" for tid, state in slow.items()),
+                              hint="a thread in state D is in an uninterruptible wait" if "D" in slow.values() else "")
             spins += 1
-            if spins > 50:  # most stop within some 20 us; a thread in a long system call needs patience
-                time.sleep(0.0001)
+            if spins > _SPINS:  # most stop within some 20 us, if they are let: this process may have precedence
+                time.sleep(_PAUSE_S)
 
     def _take_report(self, tid: int) -> bool:
         try:
@@ -140,10 +154,15 @@ class Tracee:
         event, stop_signal = status >> 16, os.WSTOPSIG(status)
         if event == _EVENT_STOP:
             self._threads[tid] = True
-        elif event == _EVENT_CLONE:
-            _ptrace(_CONT, tid)
-        else:  # a signal on its way to the program: it gets it, and stops right behind it
-            _ptrace(_CONT, tid, 0, stop_signal)
+            return True
+        try:
+            # It goes on behind a clone, or with a signal that was on its way to the program, and stops right after: any
+            # other stop has taken the pending one away (kernel/signal.c, ptrace_stop), so it is asked for again.
+            _ptrace(_INTERRUPT, tid)
+            _ptrace(_CONT, tid, 0, 0 if event == _EVENT_CLONE else stop_signal)
+        except KernelError as error:
+            if error.errno != errno.ESRCH:  # killed since: its end is reported
+                raise
         return True
 
     def busy_thread(self) -> str | None:
@@ -214,7 +233,7 @@ class Tracee:
         deadline = time.monotonic() + 1
         while self._threads.get(tid) is False and time.monotonic() < deadline:
             if not self._take_report(tid):
-                time.sleep(0.0001)
+                time.sleep(_PAUSE_S)
         return self._threads.get(tid, False)
 
     def _detach(self, tid: int) -> None:
@@ -237,7 +256,7 @@ class Tracee:
                     return
             except ChildProcessError:
                 return
-            time.sleep(0.0001)
+            time.sleep(_PAUSE_S)
 
     def _unpin(self, tid: int) -> None:
         """Run the pinned thread up to the delivery of its SIGSTOP and detach it there, the signal suppressed. Signals
@@ -245,10 +264,13 @@ class Tracee:
         try:
             self._restart_epoll_wait(tid)
             _ptrace(_CONT, tid)
-            deadline = time.monotonic() + 1
+            deadline, spins = time.monotonic() + 1, 0
             while time.monotonic() < deadline:
                 reported, status = os.waitpid(tid, os.WNOHANG | _WALL)
                 if not reported:
+                    spins += 1
+                    if spins > _SPINS:  # this process may have precedence over what it waits for
+                        time.sleep(_PAUSE_S)
                     continue
                 if not os.WIFSTOPPED(status):
                     break

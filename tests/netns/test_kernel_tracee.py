@@ -439,8 +439,9 @@ def test_a_process_that_has_exited_is_refused(start: Start) -> None:
 
 def test_a_process_that_waits_is_quiet_and_one_that_computes_is_not(start: Start) -> None:
     quiet = start("""
-def wait(): socket.socketpair()[0].recv(1)
-[threading.Thread(target=wait).start() for _ in range(4)]
+pairs = [socket.socketpair() for _ in range(4)]
+def wait(n): pairs[n][0].recv(1)
+[threading.Thread(target=wait, args=(n,)).start() for n in range(4)]
 say("ready")
 select.epoll().poll()
 """)
