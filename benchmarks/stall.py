@@ -91,7 +91,8 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(f"{result['passes']} passes over SSH, IPv{result['ip']}; a usual response takes {result['usual_ms']:.3f} ms")
+        print(f"{result['passes']} passes over SSH, IPv{result['ip']}; "
+              f"a usual response takes {result['usual_ms']:.3f} ms")
         print(f"{'':32}{'median':>9}{'p90':>9}{'worst':>9}  ms")
         rows = [("peer's stall, pass", stall), ("peer's stall, --dry-run", result["dry_run"]),
                 ("packets held", result["held"]), *result["steps"].items()]

@@ -12,7 +12,7 @@ whatever thread iterates it or calls `accept`, and `fileno()` is readable while 
 
 A connection reaches a receiver dormant (in repair) before the pass is committed and is handed out after it. When the
 tool dies in between, the dormant socket is closed, which sends nothing: the pass is settled elsewhere. One that had
-left repair already is alive, so it is kept for the tool to claim.
+left repair already is alive, so it is kept for the tool to claim; and of one that was handed out, the tool is told so.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 _TCP_REPAIR = 19
 _TCP_CLOSE = 7
 _SO_COOKIE = 57
+_REMEMBERED = 4096  # passes that a tool which was interrupted may still ask about
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class _ReceiverListener(_Listener):
     def __init__(self, path: Path, receiver: Receiver) -> None:
         self._receiver = receiver
         self._dormant: dict[str, _Dormant] = {}
+        self._delivered: collections.deque[str] = collections.deque(maxlen=_REMEMBERED)
         super().__init__(path)
 
     def handle(self, conversation: apps.Conversation, packet: apps.Packet, descriptors: list[int]) -> None:
@@ -215,6 +217,7 @@ class _ReceiverListener(_Listener):
                 self._dormant[pass_id] = _Dormant(sock, state, flow, conversation)
             case "active" if pass_id in self._dormant:
                 dormant = self._dormant.pop(pass_id)
+                self._delivered.append(pass_id)
                 dormant.sock.settimeout(None)
                 self._receiver._deliver(Passed(dormant.sock, dormant.app_state, dormant.flow.peer, dormant.flow.local,
                                                pass_id))
@@ -223,7 +226,7 @@ class _ReceiverListener(_Listener):
             case "claim":
                 held = self._dormant.get(pass_id)
                 if held is None:
-                    conversation.send({"op": "unknown"})
+                    conversation.send({"op": "delivered" if pass_id in self._delivered else "unknown"})
                 else:
                     held.conversation = conversation
                     conversation.send({"op": "held"}, [held.sock.fileno()])

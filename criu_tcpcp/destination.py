@@ -19,12 +19,13 @@ from .core import messages
 from .core.endpoint import Flow
 from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, DestinationState, Event
-from .core.image import Image, decode
+from .core.image import Image, decode, read_inet_sk
 from .core.messages import Message, Stage
+from .core.options import OptionValue
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
 from .core.state import ConnectionState
 from .journal import Journal
-from .kernel import repair, routing, sockdiag
+from .kernel import repair, routing, sockdiag, sockopt
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules
 from .redirect.forward import DivertAtDestination
@@ -53,14 +54,18 @@ class Destination:
         self._machine_state = DestinationState.READY
         self._graft: graft.Graft | None = None
         self._rules: HostRules | None = None
-        self._was_moved = False
+        self._moves: list[str] = []
         self._divert: DivertAtDestination | None = None
         self._injector: Injector | None = None
         self._sock: socket.socket | None = None
+        self._fresh_sock: socket.socket | None = None
+        self._fresh_options: dict[str, OptionValue] = {}
         self._state: ConnectionState | None = None
         self._message: messages.Prepare | messages.Activate | None = None
         self._elapsed_ms = 0
         self._written: int | None = None
+        self._delivered = False
+        self._interrupted = False
         self._reason = ""
 
     # -- staging -------------------------------------------------------------------------------------------------------
@@ -71,6 +76,7 @@ class Destination:
         flow = Flow.from_json(stage.flow)
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into)
         try:
+            read_inet_sk(stage.inet_sk)
             side._stage()
         except BaseException:
             side._take_back()
@@ -99,14 +105,19 @@ class Destination:
 
     def _make_rules(self) -> None:
         self._rules = HostRules(self.flow.ip_version)
-        self._was_moved = self._rules.is_moved(self.flow)
+        self._moves = self._rules.moves_of(self.flow)
         self._rules.prepare_fence()
         self._rules.fence(self.flow)
         if not self.address_is_local:
             self._divert = DivertAtDestination()
             self._divert.stage(self._rules, self.flow)
         self._injector = Injector(self.flow.ip_version, MARK)
+        self._fresh_sock = self._new_socket()
+        self._fresh_options = sockopt.read_all(self._fresh_sock)
         rehearse(self.flow.ip_version)
+
+    def _new_socket(self) -> socket.socket:
+        return socket.socket(self.flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
 
     @property
     def into(self) -> str:
@@ -159,9 +170,9 @@ class Destination:
         """A complete connection, dormant. What the origin says about it is believed only where it fits what was
         staged."""
         state = self._decoded()
-        sock = socket.socket(state.flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock, self._fresh_sock = self._fresh_sock or self._new_socket(), None
         self._sock = sock
-        self._restorer(sock).run(dormant_steps(state))
+        self._restorer(sock).run(dormant_steps(state, self._fresh_options))
         sock.setblocking(True)
 
     def _decoded(self) -> ConnectionState:
@@ -214,7 +225,9 @@ class Destination:
     def _decided(self, verdict: str) -> Event:
         if verdict == "aborted":
             return Event.DECIDED_ABORTED
-        return Event.DECIDED_ACTIVE if self.journal.field("active") else Event.DECIDED_COMMITTED
+        if self._interrupted and self.journal.field("active"):
+            return Event.DECIDED_ACTIVE
+        return Event.DECIDED_COMMITTED
 
     def _send_committed(self) -> None:
         self._wire.send(messages.Committed(self.journal.pass_id))
@@ -222,16 +235,17 @@ class Destination:
     def _unfence(self) -> None:
         """From here on this host hears the connection and speaks for it; its clock must be right by then."""
         sock, state, rules = self._sock, self._state, self._rules
-        if sock is None or state is None or rules is None:
+        if state is None or rules is None:
             raise Refused("the pass was not staged")
-        if self._written is None:
+        if sock is not None and self._written is None:
             self._restorer(sock).run(clock_steps(state, self._elapsed_ms))
         rules.unfence(self.flow)
-        if self._was_moved:  # this host had passed the connection away: it comes home
-            rules.stay(self.flow)
+        rules.stay(self.flow, self._moves)  # if this host had passed the connection away, it comes home
 
     def _activate(self) -> None:
         """Alive, and the application's. May be done again after an interruption: what is done already is left out."""
+        if self._delivered:
+            return
         sock, state, way = self._sock, self._state, self._graft
         if sock is None or state is None or way is None:
             raise Refused("the pass was not staged")
@@ -287,6 +301,7 @@ class Destination:
             raise ProtocolError(f"the journal knows nothing of pass {journal.pass_id}")
         side = cls(journal, wire, Flow.from_json(staged["flow"]), staged["into"])
         side.name = "recovery"
+        side._interrupted = True
         side.address_is_local = not staged["divert"]
         side._rules = HostRules(side.flow.ip_version)
         if staged["divert"]:
@@ -297,19 +312,22 @@ class Destination:
         """The connection that the interrupted activation left with the application, or else a new one from the
         state."""
         state = self._decoded()
-        self._make_rules()
         self._graft = graft.find(self._into, self.flow)
-        sock = self._graft.reclaim(self.journal.pass_id)
-        if sock is None:
+        left = self._graft.reclaim(self.journal.pass_id)
+        self._delivered = left.delivered
+        if self._delivered:
+            return
+        self._make_rules()
+        if left.sock is None:
             self._restore()
             self._graft_dormant()
             return
-        self._sock = sock
-        if not repair.is_in_repair(sock):
-            self._written = repair.written_since(sock, state)
+        self._sock = left.sock
+        if not repair.is_in_repair(left.sock):
+            self._written = repair.written_since(left.sock, state)
 
     def close(self) -> None:
-        for part in (self._sock, self._graft, self._injector, self._rules):
+        for part in (self._sock, self._fresh_sock, self._graft, self._injector, self._rules):
             if part is not None:
                 part.close()
 

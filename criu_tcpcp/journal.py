@@ -175,9 +175,6 @@ class Journal:
 
     def decide(self, wanted: Verdict) -> Verdict:
         """Write the verdict unless one is written; returns the one that stands. JournalError: none could be written."""
-        standing = self.verdict()
-        if standing is not None:
-            return standing
         candidate = self.directory / f".verdict.{os.getpid()}"
         with _explained("write the verdict"):
             descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -193,6 +190,8 @@ class Journal:
                 os.unlink(candidate)
                 if error.errno != errno.EEXIST:
                     raise OSError(error.errno, os.strerror(error.errno), str(self.directory)) from error
+            else:
+                return wanted
         standing = self.verdict()
         if standing is None:
             raise JournalError("the verdict of a pass cannot be read back")

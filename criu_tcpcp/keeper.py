@@ -91,6 +91,7 @@ def run(control: socket.socket, journal: Journal, connection: Connection, target
                 journal.create()
                 with journal.locked(), without_garbage_collection():
                     _say(control, {"progress": f"passing {origin.flow}"})
+                    syscalls.go_first()
                     executor.run(Event.START)
         except TcpcpError as error:  # before the machine ran: nothing was touched
             executor.failure = executor.failure or error

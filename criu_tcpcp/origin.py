@@ -32,7 +32,7 @@ from .core import tcp
 from .core.endpoint import Flow, IPAddress
 from .core.errors import KernelError, LinkError, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, Event, OriginState
-from .core.image import Image, encode
+from .core.image import Image, encode, encode_inet_sk
 from .core.messages import (
     PROTOCOL,
     Abort,
@@ -75,6 +75,9 @@ _QUIESCE_TIMEOUT_S = 5.0
 _BELOW_EMPTY_TIMEOUT_S = 0.2
 _PROBE_TIMEOUT_S = 0.05
 _RETRY_PAUSE_S = 0.5
+_URGENT = frozenset({OriginState.PREPARING, OriginState.PREPARED, OriginState.OFFERING, OriginState.OFFERED,
+                     OriginState.COMMITTED})
+_VARYING = frozenset({"SO_RCVBUF", "SO_SNDBUF"})  # tuned by the kernel all the time
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,12 @@ class Origin:
         if hello.boot_id == syscalls.boot_id() and tuple(hello.network) == netns.identity("/proc/thread-self/ns/net"):
             raise Refused("the destination is the origin host itself",
                           hint="two hosts, or two network namespaces, are needed")
+        self._sock = self._borrow()
+        self._socket_options = sockopt.read_all(self._sock)
+        entry = encode_inet_sk(self.flow, self._connection.state, not os.get_blocking(self._sock.fileno()),
+                               self._socket_options, self._connection.inode)
         self._need_wire().send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
-                                     self.options.redirect, []))
+                                     self.options.redirect, entry))
         answer = self._need_wire().receive(_STAGE_TIMEOUT_S)
         if isinstance(answer, RefusedMessage):
             raise Refused(answer.reason, hint=answer.hint)
@@ -190,8 +197,6 @@ class Origin:
         self.staged = answer
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
         self._redirect = redirect.origin_half(self.plan)
-        self._sock = self._borrow()
-        self._socket_options = sockopt.read_all(self._sock)
         self._rules = HostRules(self.flow.ip_version)
         self._rules.prepare_fence()
         self._redirect.stage(self._rules, self.flow)
@@ -250,8 +255,10 @@ class Origin:
         self._control = control
 
     def follow(self, state: OriginState) -> None:
-        """What the machine's state is: the time that may pass depends on it."""
+        """What the machine's state is: the time that may pass depends on it. What follows the switch has no hurry."""
         self._machine_state = state
+        if state not in _URGENT:
+            syscalls.go_along()
 
     def failed(self, error: TcpcpError) -> None:
         """The report tells it."""
@@ -376,7 +383,13 @@ class Origin:
                                        image.extras, self._app_state))
 
     def _save_state(self) -> None:
-        """What a recovery needs to activate at the destination again: the very message, without its names."""
+        """What a recovery needs to activate at the destination again: the very message, without its names. While the
+        destination works, there is also time to see whether the program changed an option since they were read."""
+        changed = {name for name, value in sockopt.read_all(self._need(self._sock)).items()
+                   if value != self._socket_options.get(name)} - _VARYING
+        if changed:
+            raise Refused(f"the program has just changed {', '.join(sorted(changed))} on the socket",
+                          hint="try again")
         image = self._need(self._image)
         self.journal.save(STATE_FILE, b"".join(
             len(part).to_bytes(8, "big") + part
@@ -471,13 +484,18 @@ class Origin:
             self._tell_settled()
 
     def _tell_settled(self) -> None:
-        """The destination keeps its verdict until it hears this; the link may just have broken."""
+        """The destination keeps its verdict until it hears this, and says that it did; the link may have broken."""
         try:
-            self._need_wire().send(Settled(self.journal.pass_id))
+            self._settle()
         except LinkError:
             self._close_link()
             self.connect()
-            self._need_wire().send(Settled(self.journal.pass_id))
+            self._settle()
+
+    def _settle(self) -> None:
+        self._need_wire().send(Settled(self.journal.pass_id))
+        if not isinstance(self._need_wire().receive(_ANSWER_TIMEOUT_S), Settled):
+            raise LinkError("the destination did not confirm that the pass is settled")
 
     def _write_done(self) -> None:
         self.journal.write("done")

@@ -59,7 +59,7 @@ def serve() -> None:
             case messages.Query():
                 _answer(message, wire)
             case messages.Settled():
-                _settled(message)
+                _settled(message, wire)
             case messages.Abort():
                 continue  # of a pass that is over here
             case _:
@@ -85,7 +85,11 @@ def _pass(stage: messages.Stage, wire: Wire) -> None:
         return
     with contextlib.closing(side), side.journal.locked(), without_garbage_collection():
         wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into))
-        _run(side)
+        syscalls.go_first()
+        try:
+            _run(side)
+        finally:
+            syscalls.go_along()
 
 
 def _answer(query: messages.Query, wire: Wire) -> None:
@@ -130,9 +134,10 @@ def _run(side: Destination, event: Event | None = None) -> None:
     executor.run(event)
 
 
-def _settled(message: messages.Settled) -> None:
+def _settled(message: messages.Settled, wire: Wire) -> None:
     """The origin will not ask again: what remains is what `passes` shows and `release` takes away."""
     journal = Journal(message.pass_id, "destination")
     if journal.exists():
         journal.write("settled")
+    wire.send(message)
 

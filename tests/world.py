@@ -70,7 +70,8 @@ class World:
     """Origin and destination with a `lab.node` each; use `world(...)`."""
 
     def __init__(self, lab: Lab, kind: str = "echo", *, version: int = 4, listen: str | None = None,
-                 register: bool = True, node_options: tuple[str, ...] = (), captured: bool = True) -> None:
+                 register: bool = True, node_options: tuple[str, ...] = (),
+                 destination_options: tuple[str, ...] = (), captured: bool = True) -> None:
         self.lab, self.version, self.kind = lab, version, kind
         self.clean = {host.name: leftovers(host) for host in (lab.origin, lab.destination)}
         for host in (lab.origin, lab.destination):
@@ -80,7 +81,7 @@ class World:
         address = listen or ("0.0.0.0" if version == 4 else "::")
         self.nodes = {
             lab.origin.name: Program(lab.origin, [*common, "--listen", address]),
-            lab.destination.name: Program(lab.destination, common)}
+            lab.destination.name: Program(lab.destination, [*common, *destination_options])}
         for node in self.nodes.values():
             node.wait_for("listening")
         self.owner = lab.origin
@@ -102,16 +103,16 @@ class World:
             assert b"listening" in process.stderr.readline()
             self._captures.append((role.value, role, process, path))
 
-    def verdict(self, before: dict[str, int], **expect: Any) -> verify.Verdict:
+    def verdict(self, before: dict[str, int] | None = None, **expect: Any) -> verify.Verdict:
         """The wire assertions over the whole life of the connection. Where it was passed more than once, "the origin is
         silent after the destination's first packet" is asked in another form: the speaker changed as often as it was
         passed, and never in between."""
-        after = self.counters()
+        counters = (before, self.counters()) if before is not None else None
         captures = self.captures()
         assert self.flow is not None
         assert self._speaker_changes(captures) == self.passes
         judged = captures if self.passes == 1 else [one for one in captures if one.role is verify.Role.PEER]
-        return verify.verify(judged, self.flow, verify.Expectations(loss_free=True, **expect), counters=(before, after))
+        return verify.verify(judged, self.flow, verify.Expectations(loss_free=True, **expect), counters=counters)
 
     def _speaker_changes(self, captures: list[verify.Capture]) -> int:
         """How often another host began to speak for the passed end, by what left the hosts."""
@@ -160,6 +161,15 @@ class World:
     def pass_argv(self, *options: str) -> list[str]:
         return [COMMAND, "pass", "--json", "--pid", str(self.node.process.pid), "--fd", str(self.descriptor()),
                 *self.lab.ssh_options(self.other, self.version), *options]
+
+    def queued(self) -> tuple[int, int]:
+        """(bytes in the receive queue, bytes in the send queue) of the connection, by `list`."""
+        one = next(row for row in map(json.loads, self.listed("--json").splitlines()) if row["peer"])
+        return one["recv_q"], one["send_q"]
+
+    def listed(self, *options: str) -> str:
+        """What `list` says of the program that has the connection."""
+        return self.owner.run([COMMAND, "list", *options, "--pid", str(self.node.process.pid)]).stdout
 
     def pass_once(self, *options: str) -> dict[str, Any]:
         """Pass the connection to the other host, over real SSH; returns the report."""

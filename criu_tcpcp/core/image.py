@@ -12,9 +12,12 @@ numbers by `ConnectionState` itself, unknown keys are refused.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import socket
 import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,20 +46,32 @@ class Image:
 
 def encode(state: ConnectionState, inode: int = 0) -> Image:
     """The state in CRIU's format."""
-    return Image(_encode_inet_sk(state, inode), _encode_stream(state), _encode_extras(state))
+    return Image(encode_inet_sk(state.flow, state.tcp_state, state.nonblocking, state.options, inode),
+                 _encode_stream(state), _encode_extras(state))
+
+
+def encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options: Mapping[str, OptionValue],
+                   inode: int) -> bytes:
+    """The part of the image that can be made before the connection is held, since it hardly changes: the last few
+    are remembered, so that making it again within the freeze costs nothing, on either side (`read_inet_sk`)."""
+    return _encode_inet_sk(flow, tcp_state, nonblocking, tuple(options.items()), inode)
+
+
+def read_inet_sk(data: bytes) -> None:
+    """Read this part ahead of the rest. Raises ProtocolError as `decode` would."""
+    with _explained():
+        _decode_inet_sk(data, 0)
 
 
 def decode(image: Image) -> ConnectionState:
     """Inverse of `encode`. Raises ProtocolError for anything that is not an image of a passable connection."""
-    kinds = messages()
-    try:
-        inet_sk = _parse(kinds.inet_sk, image.inet_sk)
+    with _explained():
         stream, received, outgoing = _decode_stream(image.tcp_stream)
         extras = _decode_extras(image.extras)
-        flow = _flow(inet_sk, extras["scope_id"])
+        flow, tcp_state, nonblocking, options = _decode_inet_sk(image.inet_sk, extras["scope_id"])
         timestamps = bool(stream.opt_mask & tcp.OPT_TIMESTAMPS)
         return ConnectionState(
-            flow=flow, tcp_state=TcpState(inet_sk.state), rcv_nxt=stream.inq_seq, received=received,
+            flow=flow, tcp_state=tcp_state, rcv_nxt=stream.inq_seq, received=received,
             write_seq=stream.outq_seq, outgoing=outgoing, unsent=stream.unsq_len,
             negotiated=Negotiated(stream.mss_clamp, bool(stream.opt_mask & tcp.OPT_WSCALE), stream.snd_wscale,
                                   stream.rcv_wscale, bool(stream.opt_mask & tcp.OPT_SACK), timestamps,
@@ -64,31 +79,48 @@ def decode(image: Image) -> ConnectionState:
             window=Window(stream.snd_wl1, stream.snd_wnd, stream.max_window, stream.rcv_wnd, stream.rcv_wup),
             timestamp=stream.timestamp if timestamps else None, ts_recent=extras["ts_recent"],
             congestion=Congestion(**extras["congestion"]),
-            options=_decode_options(inet_sk, extras["options"]),
-            nonblocking=bool(inet_sk.flags & _O_NONBLOCK))
+            options={**dict(options), **_decode_options_beside(extras["options"])}, nonblocking=nonblocking)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
     except ProtocolError:
         raise
     except Exception as error:  # protobuf's DecodeError cannot be named without importing it; all mean one thing
         raise ProtocolError(f"not an image of a connection: {error}") from error
 
 
-def _encode_inet_sk(state: ConnectionState, inode: int) -> bytes:
-    kinds = messages()
-    flow = state.flow
+@functools.lru_cache(maxsize=16)
+def _encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options: tuple[tuple[str, OptionValue], ...],
+                    inode: int) -> bytes:
+    kinds, values = messages(), dict(options)
     entry = kinds.inet_sk(
         id=1, ino=inode & 0xFFFFFFFF, family=flow.socket_family, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP,
-        state=int(state.tcp_state), src_port=flow.local.port, dst_port=flow.peer.port,
-        flags=_O_RDWR | (_O_NONBLOCK if state.nonblocking else 0), backlog=0,
+        state=int(tcp_state), src_port=flow.local.port, dst_port=flow.peer.port,
+        flags=_O_RDWR | (_O_NONBLOCK if nonblocking else 0), backlog=0,
         src_addr=_address_words(flow, flow.local.address.packed),
         dst_addr=_address_words(flow, flow.peer.address.packed),
         fown=kinds.fown(uid=0, euid=0, signum=0, pid_type=0, pid=0))
     for option in TABLE:
-        if option.criu is not None and option.name in state.options:
-            _set_field(entry, option, state.options[option.name])
+        if option.criu is not None and option.name in values:
+            _set_field(entry, option, values[option.name])
     for name in ("so_sndbuf", "so_rcvbuf", "so_snd_tmo_sec", "so_snd_tmo_usec", "so_rcv_tmo_sec", "so_rcv_tmo_usec"):
         if not entry.opts.HasField(name):  # required by the message class
             setattr(entry.opts, name, 0)
     return bytes(entry.SerializeToString(deterministic=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _decode_inet_sk(data: bytes, scope_id: int) -> tuple[Flow, TcpState, bool, tuple[tuple[str, OptionValue], ...]]:
+    """(flow, TCP state, whether the descriptor does not block, the options that CRIU has fields for)."""
+    if len(data) > _ENTRY_LIMIT:
+        raise ProtocolError("the inet_sk_entry is too long")
+    entry = _parse(messages().inet_sk, data)
+    options = [(option.name, value) for option in TABLE if option.criu is not None
+               and (value := _get_field(entry, option)) is not None]
+    return _flow(entry, scope_id), TcpState(entry.state), bool(entry.flags & _O_NONBLOCK), tuple(options)
 
 
 def _address_words(flow: Flow, packed: bytes) -> list[int]:
@@ -231,12 +263,8 @@ def _number(name: str, value: Any, lowest: int, highest: int) -> int:
     return value
 
 
-def _decode_options(entry: Any, beside: dict[str, Any]) -> dict[str, OptionValue]:
+def _decode_options_beside(beside: dict[str, Any]) -> dict[str, OptionValue]:
     options: dict[str, OptionValue] = {}
-    for option in TABLE:
-        value = _get_field(entry, option) if option.criu is not None else None
-        if value is not None:
-            options[option.name] = value
     for name, value in beside.items():
         row = BY_NAME.get(name)
         if row is None or row.criu is not None:

@@ -33,7 +33,7 @@ _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
 MAX_FRAME = 1 << 29  # two queues far beyond what any kernel allows, and the application's state
-MAX_SMALL_FRAME = 1 << 16  # of every message without blobs
+MAX_SMALL_FRAME = 1 << 16  # of every message without queues
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Message:
     """Base: plain fields are JSON values, `bytes` fields travel as blobs."""
 
     kind: ClassVar[int]
+    limit: ClassVar[int] = MAX_SMALL_FRAME
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ class Hello(Message):
 
 @dataclass(frozen=True)
 class Stage(Message):
+    """`inet_sk`: the connection's inet_sk_entry while it still runs; Prepare's is the one that counts."""
+
     kind = 2
     pass_id: str
     flow: dict[str, Any]
     into: str
     redirect: str
-    options: list[str]
+    inet_sk: bytes
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Refused(Message):
 @dataclass(frozen=True)
 class Prepare(Message):
     kind = 5
+    limit = MAX_FRAME
     pass_id: str
     nonce: str
     inet_sk: bytes = field(repr=False)
@@ -153,6 +157,7 @@ class Query(Message):
 @dataclass(frozen=True)
 class Activate(Message):
     kind = 13
+    limit = MAX_FRAME
     pass_id: str
     elapsed_ms: int
     inet_sk: bytes = field(repr=False)
@@ -170,7 +175,8 @@ class Lost(Message):
 
 @dataclass(frozen=True)
 class Settled(Message):
-    """The origin will not ask about this pass again: the destination may forget that it committed."""
+    """The origin will not ask about this pass again: the destination may forget that it committed, and says the same
+    back."""
 
     kind = 15
     pass_id: str
@@ -237,8 +243,7 @@ class Decoder:
         if kind is None:
             raise ProtocolError(f"message of unknown kind {self._buffer[_LENGTH.size]}: "
                                 "not criu-tcpcp at the other end?")
-        limit = MAX_FRAME if bytes in (type_ for _name, type_ in _fields(kind)) else MAX_SMALL_FRAME + _HEAD.size
-        if not _HEAD.size <= size <= limit:
+        if not _HEAD.size <= size <= kind.limit + _HEAD.size:
             raise ProtocolError(f"a {kind.__name__} of {size} bytes is out of bounds")
         return size if len(self._buffer) >= _LENGTH.size + size else None
 

@@ -65,7 +65,6 @@ TABLE: tuple[Option, ...] = (
     Option("SO_BINDTODEVICE", _SOCKET, 25, _EARLY, Form.TEXT, criu="ifname"),
     Option("IP_FREEBIND", _IP, 15, _EARLY, criu="ip_opts.freebind"),
     Option("SO_MARK", _SOCKET, 36, _LATE, criu="opts.so_mark"),
-    Option("SO_PRIORITY", _SOCKET, 12, _LATE, criu="opts.so_priority", missing=Missing.REPORT),
     Option("SO_DONTROUTE", _SOCKET, 5, _LATE, criu="opts.so_dontroute"),
     Option("SO_RCVLOWAT", _SOCKET, 18, _RUNNING, criu="opts.so_rcvlowat"),
     Option("SO_RCVTIMEO", _SOCKET, 20, _LATE, Form.TIMEVAL, criu="opts.so_rcv_tmo"),
@@ -96,6 +95,8 @@ TABLE: tuple[Option, ...] = (
     Option("IP_RECVTOS", _IP, 13, _LATE, missing=Missing.REPORT),
     Option("IPV6_UNICAST_HOPS", _IP6, 16, _LATE, ip_version=6),
     Option("IPV6_TCLASS", _IP6, 67, _LATE, ip_version=6),
+    # Behind the two that change it too (net/ipv4/ip_sockglue.c, __ip_sock_set_tos).
+    Option("SO_PRIORITY", _SOCKET, 12, _LATE, criu="opts.so_priority", missing=Missing.REPORT),
     Option("IPV6_MTU_DISCOVER", _IP6, 23, _LATE, ip_version=6),
     Option("IPV6_RECVPKTINFO", _IP6, 49, _LATE, missing=Missing.REPORT, ip_version=6),
     # SO_PEEK_OFF moves with what is put into the receive queue; the buffers were forced large for the restore.

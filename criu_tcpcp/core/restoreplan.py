@@ -22,6 +22,7 @@ active, after the commit:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from . import tcp
@@ -31,6 +32,8 @@ from .state import ConnectionState, Window
 from .tcp import TcpState
 
 _BUFFER_SLACK = 1 << 20  # skbs cost more than their bytes: truesize is up to twice the payload, plus one chunk
+
+_CHANGED_BY_OTHERS = frozenset({"SO_PRIORITY"})  # by IP_TOS
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,10 @@ Step = (SetOption | ForceBuffers | AllowAnyReuse | EnterRepair | BeTransparent |
         | Connect | SetNegotiated | SetTimestamp | FillQueue | SetWindow | InjectSegment | LeaveRepair | WriteUnsent)
 
 
-def _options(state: ConnectionState, when: When) -> list[Step]:
+def _options(state: ConnectionState, when: When, fresh: Mapping[str, OptionValue]) -> list[Step]:
     return [SetOption(option.name, state.options[option.name])
-            for option in applying(state.flow.socket_family, when) if option.name in state.options]
+            for option in applying(state.flow.socket_family, when) if option.name in state.options
+            and (fresh.get(option.name) != state.options[option.name] or option.name in _CHANGED_BY_OTHERS)]
 
 
 def later_timestamp(timestamp: int, elapsed_ms: int) -> int:
@@ -147,12 +151,14 @@ def later_timestamp(timestamp: int, elapsed_ms: int) -> int:
     return tcp.add(timestamp, elapsed_ms + 2) & ~1
 
 
-def dormant_steps(state: ConnectionState) -> list[Step]:
-    """Everything up to a connection that is complete and silent, in repair."""
+def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | None = None) -> list[Step]:
+    """Everything up to a connection that is complete and silent, in repair. `fresh`: the options of a new socket of
+    this host, where they are known: what the connection has in common with it needs no step."""
+    fresh = fresh or {}
     negotiated, window, fin = state.negotiated, state.window, state.fin_received
     steps: list[Step] = [AllowAnyReuse(), EnterRepair(),
                          ForceBuffers(2 * len(state.received) + _BUFFER_SLACK, 2 * len(state.outgoing) + _BUFFER_SLACK),
-                         BeTransparent(), *_options(state, When.BEFORE_BIND),
+                         BeTransparent(), *_options(state, When.BEFORE_BIND, fresh),
                          SetMaxSegment(min(negotiated.mss_clamp, tcp.MAX_MSS)), Bind(state.flow.local),
                          SetSequence("receive", state.copied_seq), SetSequence("send", state.snd_una),
                          Connect(state.flow.peer),
@@ -178,7 +184,7 @@ def dormant_steps(state: ConnectionState) -> list[Step]:
                                    acknowledgement=state.snd_una,
                                    window=min(window.snd_wnd >> negotiated.snd_wscale, 65535),
                                    timestamp=state.ts_recent, fin=bool(fin)))
-    steps += _options(state, When.CONNECTED)
+    steps += _options(state, When.CONNECTED, fresh)
     return steps
 
 
@@ -197,7 +203,7 @@ def activation_steps(state: ConnectionState, written: int | None = None) -> list
     unsent = state.unsent_bytes[written or 0:]
     if unsent:
         steps.append(WriteUnsent(unsent))
-    steps += _options(state, When.RUNNING)
+    steps += _options(state, When.RUNNING, {})
     return steps
 
 

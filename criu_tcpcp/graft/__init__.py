@@ -7,10 +7,20 @@ ended (`activate`, `discard`). `reclaim` is for a later `serve` that continues w
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.endpoint import Flow
 from ..core.errors import Refused, UsageError
+
+
+@dataclass(frozen=True)
+class Reclaimed:
+    """What an earlier serve left with the program: nothing, the connection half-way (`sock`), or one that is handed out
+    already (`delivered`)."""
+
+    sock: socket.socket | None = None
+    delivered: bool = False
 
 
 class Graft(Protocol):
@@ -22,7 +32,7 @@ class Graft(Protocol):
     def check(self) -> None: ...
     def activate(self, pass_id: str) -> None: ...
     def discard(self, pass_id: str) -> None: ...
-    def reclaim(self, pass_id: str) -> socket.socket | None: ...
+    def reclaim(self, pass_id: str) -> Reclaimed: ...
     def close(self) -> None: ...
 
 

@@ -15,6 +15,7 @@ from .. import apps
 from ..core.endpoint import Flow
 from ..core.errors import LinkError, Refused
 from ..kernel import process
+from . import Reclaimed
 
 _TIMEOUT_S = 2.0
 _PRIVILEGED_PORTS = 1024
@@ -67,17 +68,17 @@ class ToReceiver:
         except apps.Gone:
             return
 
-    def reclaim(self, pass_id: str) -> socket.socket | None:
-        """The connection that an earlier serve gave it and left half-way; None where it has none."""
+    def reclaim(self, pass_id: str) -> Reclaimed:
+        """What the application has of this pass."""
         try:
             answer, descriptors = self._conversation.ask({"op": "claim", "id": pass_id})
         except apps.Gone:
-            return None
+            return Reclaimed()
         if answer.get("op") != "held" or len(descriptors) != 1:
             for descriptor in descriptors:
                 os.close(descriptor)
-            return None
-        return socket.socket(fileno=descriptors[0])
+            return Reclaimed(delivered=answer.get("op") == "delivered")
+        return Reclaimed(socket.socket(fileno=descriptors[0]))
 
     def close(self) -> None:
         self._conversation.close()

@@ -20,9 +20,10 @@ must not lose its rules, or the old host would answer the next packet with a RST
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ..core.endpoint import Endpoint, Flow, IPAddress
 from ..core.errors import KernelError
@@ -116,6 +117,43 @@ def _output_drop(name: str, set_name: str, version: int) -> Chain:
         nftables.load_flow(version, outgoing=True) + nftables.in_set(set_name) + nftables.drop()))
 
 
+# The lasting components. Making one takes longer than adding an element to it: each is made once.
+
+@functools.cache
+def _fence_component(version: int) -> Component:
+    return Component(version, (_FENCED,), (
+        Chain("fence_input", PREROUTING, -298, (
+            nftables.mark_is(MARK) + nftables.accept(),
+            nftables.load_flow(version) + nftables.in_set(_FENCED) + nftables.drop())),
+        _output_drop("fence_output", _FENCED, version)))
+
+
+@functools.lru_cache(maxsize=64)
+def _moved_component(version: int, nexthop: IPAddress, interface: int, name: str = "") -> Component:
+    name = name or f"{_MOVED}{str(nexthop).replace('.', '_').replace(':', '_')}_if{interface}"
+    closing = f"{name}_closing"
+    load = nftables.load_flow(version)
+    away = nftables.duplicate(nexthop.packed, interface) + nftables.drop()
+    short = nftables.refresh(name, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
+    return Component(version, (name, closing), (Chain(name, PREROUTING, -299, (
+        nftables.mark_is(MARK) + nftables.accept(),
+        load + nftables.in_set(closing) + short + away,
+        load + nftables.in_set(name) + nftables.ends_connection() + short + away,
+        load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + away)),))
+
+
+@functools.cache
+def _divert_component(version: int) -> Component:
+    closing = f"{_DIVERTED}_closing"
+    load, mark = nftables.load_flow(version), nftables.set_mark(MARK)
+    short = nftables.refresh(_DIVERTED, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
+    return Component(version, (_DIVERTED, closing), (Chain(_DIVERTED, PREROUTING, -150, (
+        nftables.mark_is(MARK) + nftables.accept(),
+        load + nftables.in_set(closing) + short + mark + nftables.accept(),
+        load + nftables.in_set(_DIVERTED) + nftables.ends_connection() + short + mark + nftables.accept(),
+        load + nftables.in_set(_DIVERTED) + nftables.refresh(_DIVERTED, LIFETIME_S) + mark + nftables.accept())),))
+
+
 class HostRules:
     """The lasting table of one IP version, in the network namespace of the thread that makes this."""
 
@@ -129,73 +167,47 @@ class HostRules:
 
     # -- fence: this host does not speak for the connection, and does not hear it -------------------------------------
 
-    def _fence_component(self) -> Component:
-        version = self.version
-        return Component(version, (_FENCED,), (
-            Chain("fence_input", PREROUTING, -298, (
-                nftables.mark_is(MARK) + nftables.accept(),
-                nftables.load_flow(version) + nftables.in_set(_FENCED) + nftables.drop())),
-            _output_drop("fence_output", _FENCED, version)))
-
     def prepare_fence(self) -> None:
         """Make what `fence` needs, so that within the freeze it is one element. The first removal of an element in a
         network namespace takes 2 ms, all later ones 0.1: it is done here, on a connection that nobody has."""
         nobody = Flow(Endpoint(_ANYWHERE[self.version], os.getpid() % 65535 + 1), Endpoint(_ANYWHERE[self.version], 1))
-        self._add(self._fence_component(), nobody)
+        self._add(_fence_component(self.version), nobody)
         self._table.remove(_FENCED, nobody)
 
     def fence(self, flow: Flow) -> None:
-        self._add(self._fence_component(), flow)
+        self._add(_fence_component(self.version), flow)
 
     def unfence(self, flow: Flow) -> bool:
         return self._table.remove(_FENCED, flow)
 
     # -- moved: packets go to another host ----------------------------------------------------------------------------
 
-    def _moved_component(self, nexthop: IPAddress, interface: int, name: str = "") -> Component:
-        name = name or f"{_MOVED}{str(nexthop).replace('.', '_').replace(':', '_')}_if{interface}"
-        version, closing = self.version, f"{name}_closing"
-        load = nftables.load_flow(version)
-        away = nftables.duplicate(nexthop.packed, interface) + nftables.drop()
-        short = nftables.refresh(name, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
-        return Component(version, (name, closing), (Chain(name, PREROUTING, -299, (
-            nftables.mark_is(MARK) + nftables.accept(),
-            load + nftables.in_set(closing) + short + away,
-            load + nftables.in_set(name) + nftables.ends_connection() + short + away,
-            load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + away)),))
-
     def prepare_move(self, nexthop: IPAddress, interface: int) -> str:
         """Make what `move` needs for this next hop on this link; returns the name of the set."""
-        component = self._moved_component(nexthop, interface)
+        component = _moved_component(self.version, nexthop, interface)
         self._install(component)
         return component.sets[0]
 
     def move(self, flow: Flow, nexthop: IPAddress, interface: int) -> None:
-        self._add(self._moved_component(nexthop, interface), flow)
+        self._add(_moved_component(self.version, nexthop, interface), flow)
 
-    def stay(self, flow: Flow) -> bool:
-        """No longer moved anywhere."""
-        return self._remove(flow, _MOVED)
+    def moves_of(self, flow: Flow) -> list[str]:
+        """The sets that say where it goes, for `stay`."""
+        return [name for name in self._table.set_names()
+                if name.startswith(_MOVED) and self._table.contains(name, flow)]
+
+    def stay(self, flow: Flow, names: Iterable[str] | None = None) -> bool:
+        """No longer moved anywhere. `names`: the result of `moves_of`, where time matters."""
+        found = [self._table.remove(name, flow) for name in (self.moves_of(flow) if names is None else names)]
+        return any(found)
 
     def is_moved(self, flow: Flow) -> bool:
-        return any(self._table.contains(name, flow) for name in self._table.set_names()
-                   if name.startswith(_MOVED) and not name.endswith("_closing"))
+        return bool(self.moves_of(flow))
 
     # -- divert: packets for an address that this host does not have --------------------------------------------------
 
-    def _divert_component(self) -> Component:
-        version, closing = self.version, f"{_DIVERTED}_closing"
-        load, mark = nftables.load_flow(version), nftables.set_mark(MARK)
-        short = nftables.refresh(_DIVERTED, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
-        return Component(version, (_DIVERTED, closing), (Chain(_DIVERTED, PREROUTING, -150, (
-            nftables.mark_is(MARK) + nftables.accept(),
-            load + nftables.in_set(closing) + short + mark + nftables.accept(),
-            load + nftables.in_set(_DIVERTED) + nftables.ends_connection() + short + mark
-            + nftables.accept(),
-            load + nftables.in_set(_DIVERTED) + nftables.refresh(_DIVERTED, LIFETIME_S) + mark + nftables.accept())),))
-
     def divert(self, flow: Flow) -> None:
-        self._add(self._divert_component(), flow)
+        self._add(_divert_component(self.version), flow)
 
     def is_diverted(self, flow: Flow) -> bool:
         return self._table.contains(_DIVERTED, flow)
@@ -254,11 +266,11 @@ class HostRules:
             if name.endswith("_closing"):
                 continue
             if name == _FENCED:
-                self._table.remove_if_unused(self._fence_component())
+                self._table.remove_if_unused(_fence_component(self.version))
             elif name == _DIVERTED:
-                self._table.remove_if_unused(self._divert_component())
+                self._table.remove_if_unused(_divert_component(self.version))
             elif name.startswith(_MOVED):
-                self._table.remove_if_unused(self._moved_component(_ANYWHERE[self.version], 1, name))
+                self._table.remove_if_unused(_moved_component(self.version, _ANYWHERE[self.version], 1, name))
         return self._table.delete_if_unused()
 
 

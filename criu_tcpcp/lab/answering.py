@@ -91,23 +91,45 @@ def answer(sock: socket.socket, responder: Responder, *, stop: Callable[[], bool
         responder.feed(data)
 
 
+class Pace:
+    """How many bytes may move now, at `rate` bytes a second (None: any number)."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.rate = rate
+        self._began: tuple[float, int] | None = None
+
+    def allowance(self, now: float, done: int, left: int) -> int:
+        """Of the `left` bytes behind the first `done`, at `now` (time.monotonic); the pace starts with the first
+        question."""
+        if self.rate is None:
+            return min(left, _CHUNK)
+        if self._began is None:
+            self._began = (now, done)
+        since, base = self._began
+        due = base + int(self.rate * (now - since)) + max(int(self.rate / 1000), 1)     # a millisecond ahead
+        if due - done > self.rate / 10:        # held up for 100 ms: start the pace anew, without a burst
+            self._began, due = (now, done), done + max(int(self.rate / 1000), 1)
+        return max(min(left, due - done, _CHUNK), 0)
+
+
 class StreamEnd:
     """One end of two streams: sends `send` bytes of stream `seed_out`, receives `receive` bytes of stream `seed_in`.
 
     `step` never blocks. `rate` (bytes a second) paces what is sent, since an unthrottled stream loses packets by
-    itself on a short path. After everything was sent, the write side is shut down if `close` is true."""
+    itself on a short path; `read_rate` what is read, so that queues fill. After everything was sent, the write side is
+    shut down if `close` is true."""
 
     _STATE = struct.Struct("!QQQQQQ??")
 
     def __init__(self, seed_out: int, send: int, seed_in: int, receive: int, *, rate: float | None = None,
-                 close: bool = True, sent: int = 0, received: int = 0, closed: bool = False,
-                 sha256: bool = False) -> None:
+                 read_rate: float | None = None, close: bool = True, sent: int = 0, received: int = 0,
+                 closed: bool = False, sha256: bool = False) -> None:
         self.seed_out, self.send, self.seed_in, self.receive = seed_out, send, seed_in, receive
-        self.rate, self.close, self.sent, self.closed = rate, close, sent, closed
+        self.close, self.sent, self.closed = close, sent, closed
         self.eof = False
         self._checker = Checker(seed_in, offset=received, sha256=sha256)
         self._out = Stream(seed_out)
-        self._pace: tuple[float, int] | None = None
+        self._sending, self._reading = Pace(rate), Pace(read_rate)
 
     @property
     def received(self) -> int:
@@ -130,32 +152,27 @@ class StreamEnd:
         """The first fault, once no more bytes are expected."""
         return self._checker.finish(self.receive)
 
-    def allowance(self, now: float) -> int:
-        """How many bytes may be sent at `now` (time.monotonic); the pace starts with the first question."""
-        left = self.send - self.sent
-        if self.rate is None:
-            return min(left, _CHUNK)
-        if self._pace is None:
-            self._pace = (now, self.sent)
-        since, base = self._pace
-        due = base + int(self.rate * (now - since)) + max(int(self.rate / 1000), 1)     # a millisecond ahead
-        if due - self.sent > self.rate / 10:        # held up for 100 ms: start the pace anew, without a burst
-            self._pace, due = (now, self.sent), self.sent + max(int(self.rate / 1000), 1)
-        return max(min(left, due - self.sent, _CHUNK), 0)
+    def _may_send(self, now: float) -> int:
+        return self._sending.allowance(now, self.sent, self.send - self.sent)
+
+    def _may_read(self, now: float) -> int:
+        """At least one byte more than is to come, since behind the last one comes the end."""
+        return self._reading.allowance(now, self.received, max(self.receive - self.received, 1))
 
     def step(self, sock: socket.socket) -> bool:
         """Receive what is there and send what may be sent, without blocking. True if something moved; OSError and
         the like are the caller's."""
         moved = False
-        if not self.eof:
+        now = time.monotonic()
+        if not self.eof and (length := self._may_read(now)):
             try:
-                data = sock.recv(_CHUNK, socket.MSG_DONTWAIT)
+                data = sock.recv(length, socket.MSG_DONTWAIT)
                 self.eof = not data
                 self._checker.feed(data)
                 moved = True
             except BlockingIOError:
                 pass
-        if length := self.allowance(time.monotonic()):
+        if length := self._may_send(now):
             try:
                 self.sent += sock.send(self._out.read(self.sent, length), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                 moved = True
@@ -169,11 +186,12 @@ class StreamEnd:
     def wait(self, sock: socket.socket, timeout_s: float | None = None, also: int | None = None) -> None:
         """Block until `step` can do something, or until descriptor `also` is readable, or `timeout_s` passed."""
         now = time.monotonic()
-        paced = self.rate is not None and self.sent < self.send and not self.allowance(now)
-        readers: list[socket.socket | int] = [] if self.eof else [sock]
+        full = not self.eof and not self._may_read(now)
+        paced = self.sent < self.send and not self._may_send(now)
+        readers: list[socket.socket | int] = [] if self.eof or full else [sock]
         if also is not None:
             readers.append(also)
-        limits = [limit for limit in (timeout_s, 0.001 if paced else None) if limit is not None]
+        limits = [limit for limit in (timeout_s, 0.001 if paced or full else None) if limit is not None]
         select.select(readers, [sock] if self.sent < self.send and not paced else [], [], min(limits, default=None))
 
     def state(self) -> bytes:
@@ -181,7 +199,7 @@ class StreamEnd:
                                 self.close, self.closed)
 
     @classmethod
-    def from_state(cls, state: bytes, *, rate: float | None = None) -> Self:
+    def from_state(cls, state: bytes, *, rate: float | None = None, read_rate: float | None = None) -> Self:
         seed_out, send, seed_in, receive, sent, received, close, closed = cls._STATE.unpack(state)
-        return cls(seed_out, send, seed_in, receive, rate=rate, close=close, sent=sent, received=received,
-                   closed=closed)
+        return cls(seed_out, send, seed_in, receive, rate=rate, read_rate=read_rate, close=close, sent=sent,
+                   received=received, closed=closed)

@@ -65,10 +65,10 @@ class Lab:
         self._record = record
         _watch_sigterm(self)
         try:
-            record.directory.mkdir(mode=0o700)
+            record.directory.mkdir(mode=0o711)
             self._make_hosts(record)
             for host in self.hosts.values():
-                host.run_dir.mkdir(mode=0o700)
+                host.run_dir.mkdir(mode=0o755)
             plan = network.places(record.servers)
             network.build(plan, {name: record.namespace(name) for name in plan})
         except BaseException as error:

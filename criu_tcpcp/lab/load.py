@@ -4,11 +4,11 @@
     stream-peer HOST PORT    two paced streams at the same time, checked byte by byte
 
 Each prints `ready LOCALPORT` once connected, and one JSON object at its end: `error` (null, or what it saw), counts,
-and stalls: `stall_max_ns`, `stall_p50_ns`, `stall_p99_ns`, and the worst (`--worst`, 20) with their wall-clock times. For
-rr-peer a stall is a response time, for stream-peer the time between two instants at which a byte moved. SIGTERM (or, with
---until-eof, the end of stdin) asks rr-peer for an orderly end: the request in flight is answered, the write side shut
-down, the other end's EOF awaited. A stream-peer has an end of its own; SIGTERM before that is an error, and reported.
-Exit status 1 if there was an error.
+and stalls: `stall_max_ns`, `stall_p50_ns`, `stall_p99_ns`, and the worst (`--worst`, 20) with their wall-clock times.
+For rr-peer a stall is a response time, for stream-peer the time between two instants at which a byte moved. SIGTERM
+(or, with --until-eof, the end of stdin) asks rr-peer for an orderly end: the request in flight is answered, the write
+side shut down, the other end's EOF awaited. A stream-peer has an end of its own; SIGTERM before that is an error, and
+reported. Exit status 1 if there was an error.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def _parser() -> argparse.ArgumentParser:
         else:
             program.add_argument("--send", type=int, required=True)
             program.add_argument("--receive", type=int, required=True)
-            program.add_argument("--rate", type=float, help="bytes a second")
+            program.add_argument("--rate", type=float, help="bytes a second to send")
+            program.add_argument("--read-rate", type=float, help="bytes a second to read")
     return parser
 
 
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             signal.signal(signal.SIGTERM, _terminated)
             report = stream(sock, StreamEnd(arguments.seed, arguments.send, arguments.seed + 1, arguments.receive,
-                                            rate=arguments.rate, sha256=True))
+                                            rate=arguments.rate, read_rate=arguments.read_rate, sha256=True))
     print(json.dumps(report), flush=True)
     return 0 if report["error"] is None else 1
 

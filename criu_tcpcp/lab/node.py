@@ -18,7 +18,7 @@ import sys
 import threading
 from typing import Any
 
-from ..application import Receiver, register
+from ..application import Receiver, Registration, register
 from .answering import Responder, StreamEnd
 
 _CHUNK = 1 << 16
@@ -120,10 +120,12 @@ class Worker:
         self._wake_read, self._wake_write = os.pipe()
         self._park, self._parked, self._go = threading.Event(), threading.Event(), threading.Event()
         self._gone = False
+        self._registration: Registration | None = None
+        # The peer waits for its answer: that first, and then the rest.
+        threading.Thread(target=self._run, daemon=True).start()
         self._registration = (register(sock, self._quiesce, resumed=self._resumed, passed=self._passed)
                               if registered else None)
         say("serving", fd=sock.fileno(), how=how, id=pass_id)
-        threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         error = None
@@ -170,7 +172,7 @@ def _new_work(arguments: argparse.Namespace) -> Work:
         return Answers(Responder(arguments.seed, arguments.size))
     if arguments.kind == "stream":
         return Streams(StreamEnd(arguments.seed + 1, arguments.send, arguments.seed, arguments.receive,
-                                 rate=arguments.rate))
+                                 rate=arguments.rate, read_rate=arguments.read_rate))
     return Echo()
 
 
@@ -178,7 +180,7 @@ def _continued_work(arguments: argparse.Namespace, state: bytes) -> Work:
     if arguments.kind == "rr":
         return Answers(Responder.from_state(state))
     if arguments.kind == "stream":
-        return Streams(StreamEnd.from_state(state, rate=arguments.rate))
+        return Streams(StreamEnd.from_state(state, rate=arguments.rate, read_rate=arguments.read_rate))
     return Echo(state)
 
 
@@ -204,9 +206,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--send", type=int, default=0)
     parser.add_argument("--receive", type=int, default=0)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--read-rate", type=float)
+    parser.add_argument("--receiver-path", help="take connections here instead of by their port")
+    parser.add_argument("--user", type=int, help="become this user first")
     arguments = parser.parse_args(argv)
     _new_work(arguments)  # what the first one costs is spent here, not while a peer waits
-    with Receiver(port=arguments.port) as receiver:
+    if arguments.user is not None:
+        os.setgroups([])
+        os.setgid(arguments.user)
+        os.setuid(arguments.user)
+    with (Receiver(path=arguments.receiver_path) if arguments.receiver_path
+          else Receiver(port=arguments.port)) as receiver:
         if arguments.listen:
             threading.Thread(target=_accept, args=(arguments,), daemon=True).start()
         else:

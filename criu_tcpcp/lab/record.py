@@ -29,8 +29,9 @@ class Record:
 
     @property
     def directory(self) -> Path:
-        # Not under TMPDIR: the path of a unix socket has room for 107 bytes, and sshd must find it beside its own /run.
-        return Path("/tmp", f"tcpcp-{self.id}")
+        # In memory, as /run is on a host, and not under TMPDIR: the path of a unix socket has room for 107 bytes, and
+        # sshd must find it beside its own /run.
+        return Path("/dev/shm" if os.path.ismount("/dev/shm") else "/tmp", f"tcpcp-{self.id}")
 
     def namespace(self, host: str) -> str:
         return f"tcpcp-{self.id}-{host}"

@@ -22,6 +22,7 @@ BLOCK = 1 << 20
 STRIDE = 64
 _STAMPS = BLOCK // STRIDE
 _STAMP = struct.Struct("<Q")
+_SHORT = 4096
 _PROBE = 512            # bytes after a fault that must be there to tell what happened
 _LOOKAHEAD = 2 * BLOCK  # how far a moved piece is followed
 
@@ -62,11 +63,22 @@ class Stream:
         self._blocks[index] = made = bytes(block)
         return made
 
+    def _short(self, start: int, inside: int, length: int) -> bytes:
+        """A few bytes, without making the block that they are in."""
+        first = inside - inside % STRIDE
+        piece = bytearray(self._base[first:inside + length])
+        for place in range(0, len(piece), STRIDE):
+            stamp = _STAMP.pack(start + first + place)
+            piece[place:place + 8] = stamp[:len(piece) - place]
+        return bytes(piece[inside - first:])
+
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`."""
         if offset < 0 or length < 0:
             raise ValueError(f"no bytes at {offset}, {length} long")
         index, inside = divmod(offset, BLOCK)
+        if length <= _SHORT and inside + length <= BLOCK and index not in self._blocks:
+            return self._short(index * BLOCK, inside, length)
         if inside + length <= BLOCK:
             return self._block(index)[inside:inside + length]
         parts = []

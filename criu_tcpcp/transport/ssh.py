@@ -39,6 +39,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from paramiko.pkey import UnknownKeyType
 
 from ..core.errors import LinkError
+from ..kernel.syscalls import go_first
 from .known_hosts import KnownKey, judge, known_keys
 from .link import DRAIN_S, Ending, Reporter, Tail
 from .ssh_config import Hop, read_config, resolve
@@ -88,6 +89,7 @@ def run(target: Target, data: socket.socket, report: Reporter, deadline: float) 
             raise LinkError(f"{error.message}; its ProxyCommand{said or ' said nothing'}", hint=error.hint) from error
         _authenticate(transports[-1], hop, deadline)
     channel = _start_command(transports[-1], hops[-1], f"{target.remote_command} serve", deadline)
+    go_first()
     pumping.set()
     threading.Thread(target=_feed, args=(data, channel, drained), daemon=True).start()
     listener = threading.Thread(target=_listen, args=(channel, report.tail), daemon=True)

@@ -107,7 +107,7 @@ def test_a_program_runs_on_its_host(lab: Lab) -> None:
     assert done.stdout.splitlines()[0] == str(lab.destination.run_dir)
     assert f" {lab.destination.ipv4}/" in done.stdout
     assert done.stdout.endswith("in")
-    assert lab.destination.run_dir.stat().st_mode & 0o777 == 0o700
+    assert lab.destination.run_dir.stat().st_mode & 0o777 == 0o755
     with pytest.raises(subprocess.CalledProcessError) as raised:
         lab.peer.run(["sh", "-c", "echo no >&2; exit 4"])
     assert raised.value.returncode == 4

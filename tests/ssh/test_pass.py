@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
+from criu_tcpcp.lab.streams import Stream
+from waiting import until
 from world import PORT, Peer, world
 
 pytestmark = pytest.mark.root
 
 TIMES = 20
+STREAM_BYTES = 24 << 20
+NOBODY = 65534
 
 
 @pytest.mark.timeout(180)
@@ -46,4 +51,71 @@ def test_an_unregistered_program_is_passed_at_a_quiet_instant(listen: str) -> No
         here.node.wait_for("end")
         verdict = here.verdict(before)
         assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
+        assert here.release() == []
+
+
+def test_streams_with_full_queues_arrive_whole_and_the_application_state_with_them() -> None:
+    """24 MB each way, both readers slower than the writers. Unpaced streams lose packets by themselves, so the
+    assertions about retransmissions are left out; those about what was said are not."""
+    slow = ("--read-rate", str(12 << 20))
+    amounts = ("--send", str(STREAM_BYTES), "--receive", str(STREAM_BYTES))
+    with world("stream", node_options=(*amounts, *slow)) as here:
+        peer = Peer(here, "stream-peer", *amounts, *slow)
+        for _ in range(2):
+            until(lambda: min(here.queued()) > 100_000, "both queues of the connection to fill")
+            here.pass_once()
+        report = peer.result()
+        assert report["error"] is None
+        assert report["bytes_sent"] == report["bytes_received"] == STREAM_BYTES
+        assert report["sha256_received"] == Stream(2).sha256(STREAM_BYTES)
+        assert here.node.wait_for("end")["error"] is None
+        verdict = here.verdict()
+        assert [one for one in verdict.violations if one.assertion != 9] == []
+        assert here.release() == []
+
+
+def test_a_connection_that_the_peer_has_half_closed_is_passed() -> None:
+    with world("stream", node_options=("--send", str(8 << 20), "--receive", "1000", "--rate", str(2 << 20))) as here:
+        before = here.counters()
+        peer = Peer(here, "stream-peer", "--send", "1000", "--receive", str(8 << 20))
+        until(lambda: "CLOSE-WAIT" in here.listed(), "the peer's FIN to arrive")
+        here.pass_once()
+        assert "CLOSE-WAIT" in here.listed()
+        report = peer.result()
+        assert report["error"] is None
+        assert report["bytes_received"] == 8 << 20
+        assert here.node.wait_for("end")["error"] is None
+        verdict = here.verdict(before)
+        assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
+        assert here.release() == []
+
+
+def test_a_receiver_is_named_by_its_path_and_needs_no_privilege(tmp_path: Path) -> None:
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(directory.stat().st_mode | 0o011)
+    tmp_path.chmod(0o777)
+    path = tmp_path / "receiver"
+    with world("echo", register=False,
+               destination_options=("--receiver-path", str(path), "--user", str(NOBODY))) as here:
+        with here.lab.peer.enter(), socket.create_connection((str(here.lab.origin.ipv4), PORT), timeout=20) as peer:
+            here.knows_peer(peer.getsockname()[1])
+            peer.sendall(b"before")
+            assert peer.recv(100) == b"before"
+            report = here.pass_once("--into", f"receiver:{path}")
+            assert str(path) in report["into"]
+            peer.sendall(b"after")
+            assert peer.recv(100) == b"after"
+        here.node.wait_for("end")
+        assert here.release() == []
+
+
+def test_an_operator_hands_the_application_state_over_for_a_program_that_cannot(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.write_bytes(b"what the echo owes")
+    with world("echo", register=False) as here:
+        with here.lab.peer.enter(), socket.create_connection((str(here.lab.origin.ipv4), PORT), timeout=20) as peer:
+            here.knows_peer(peer.getsockname()[1])
+            here.pass_once("--app-state", str(state))
+            assert peer.recv(100) == b"what the echo owes"
+        here.node.wait_for("end")
         assert here.release() == []

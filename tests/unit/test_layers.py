@@ -40,8 +40,8 @@ LAB_PROGRAMS = frozenset({"lab/__main__.py", "lab/load.py", "lab/node.py"})
 #: Who may use the lab: it is beside the product, not in it.
 LAB_USERS = frozenset({"lab", "cli/demo.py"})
 #: Nothing that tells the time, waits, logs, or does I/O; `socket` only for its constants and address texts.
-CORE_MAY_IMPORT = frozenset({"__future__", "collections", "dataclasses", "enum", "functools", "ipaddress", "json", "re",
-                             "socket", "struct", "typing"})
+CORE_MAY_IMPORT = frozenset({"__future__", "collections", "contextlib", "dataclasses", "enum", "functools",
+                             "ipaddress", "json", "re", "socket", "struct", "typing"})
 SOCKET_IN_CORE = frozenset({"AF_INET", "AF_INET6", "SOCK_STREAM", "SOL_SOCKET", "IPPROTO_TCP", "IPPROTO_IP",
                             "IPPROTO_IPV6", "inet_ntop", "inet_pton"})
 

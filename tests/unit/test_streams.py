@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from criu_tcpcp.lab.answering import Responder, StreamEnd, answer
+from criu_tcpcp.lab.answering import Pace, Responder, StreamEnd, answer
 from criu_tcpcp.lab.load import PeerError, Stalls, stream
 from criu_tcpcp.lab.streams import BLOCK, Checker, Fault, Stream
 
@@ -288,10 +288,11 @@ def test_a_stream_that_stands_still_is_reported() -> None:
 
 
 def test_pacing_allows_what_is_due_and_no_burst_after_a_halt() -> None:
-    end = StreamEnd(1, 10_000_000, 2, 0, rate=1_000_000)
-    assert end.allowance(50.0) == 1000
-    assert end.allowance(50.05) == pytest.approx(51_000, abs=1)
-    assert end.allowance(60.0) == 1000
+    pace, left = Pace(1_000_000), 10_000_000
+    assert pace.allowance(50.0, 0, left) == 1000
+    assert pace.allowance(50.05, 0, left) == pytest.approx(51_000, abs=1)
+    assert pace.allowance(60.0, 0, left) == 1000
+    assert pace.allowance(60.05, 0, 7) == 7
 
 
 def test_stalls_keep_the_worst() -> None:
