@@ -92,7 +92,8 @@ def answer(sock: socket.socket, responder: Responder, *, stop: Callable[[], bool
 
 
 class Pace:
-    """How many bytes may move now, at `rate` bytes a second (None: any number)."""
+    """How many bytes may move now, at `rate` bytes a second (None: any number): a millisecond's worth at a time, since a
+    stream of tiny segments has tail-loss probes by itself."""
 
     def __init__(self, rate: float | None) -> None:
         self.rate = rate
@@ -106,10 +107,13 @@ class Pace:
         if self._began is None:
             self._began = (now, done)
         since, base = self._began
-        due = base + int(self.rate * (now - since)) + max(int(self.rate / 1000), 1)     # a millisecond ahead
+        quantum = max(int(self.rate / 1000), 1)
+        due = base + int(self.rate * (now - since)) + quantum     # a millisecond ahead
         if due - done > self.rate / 10:        # held up for 100 ms: start the pace anew, without a burst
-            self._began, due = (now, done), done + max(int(self.rate / 1000), 1)
-        return max(min(left, due - done, _CHUNK), 0)
+            self._began, due = (now, done), done + quantum
+        if due - done < min(left, quantum):
+            return 0
+        return min(left, due - done, _CHUNK)
 
 
 class StreamEnd:

@@ -373,7 +373,7 @@ WORKER = """if True:
     print("ready", flush=True)
     sys.stdin.readline()
     with host_rules(int(sys.argv[1])) as rules:
-        for _ in range(60):
+        for _ in range(20):
             rules.prepare_fence()
             rules.fence(flow)
             assert flow in rules.flows()["fenced"], "swept from under us"

@@ -353,7 +353,7 @@ def burst(silence_ms: int, repeat_from: int) -> Talk:
 
 
 @pytest.mark.parametrize(("silence_ms", "repeat_from", "probes", "violations"), [
-    (20, 2, 1, []), (8, 2, 0, [9]), (250, 0, 0, [9, 9, 9]), (20, 1, 0, [9, 9])])
+    (20, 2, 1, []), (3, 2, 0, [9]), (250, 0, 0, [9, 9, 9]), (20, 1, 0, [9, 9])])
 def test_one_tail_loss_probe_is_reported_not_judged(silence_ms: int, repeat_from: int, probes: int,
                                                     violations: list[int]) -> None:
     talk = burst(silence_ms, repeat_from)
