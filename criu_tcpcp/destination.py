@@ -72,7 +72,7 @@ class Destination:
 
     @classmethod
     def staged(cls, stage: Stage, wire: Wire) -> Destination:
-        """Find the way in, make the rules. Refused: nothing of it stands."""
+        """Find the way in, make the rules. The journal is claimed. Refused: nothing of it stands."""
         flow = Flow.from_json(stage.flow)
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into)
         try:
@@ -99,7 +99,6 @@ class Destination:
         if used is not None:
             raise Refused(f"the destination has a connection {flow} already (state {used.label})")
         self._graft = graft.find(self._into, flow)
-        self.journal.create()
         self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local)
         self._make_rules()
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from .core.errors import JournalError, KernelError
+from .core.errors import JournalError, KernelError, Refused
 from .kernel.syscalls import boot_id, rename_no_replace
 
 Side = Literal["origin", "destination"]
@@ -210,6 +210,25 @@ class Journal:
     # -- one worker at a time -----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
+    def claimed(self, flow: dict[str, Any]) -> Iterator[None]:
+        """Begin the journal, and hold its lock for the block, as the only pass of this connection that is worked on at
+        this host: each would take the other's rules away when it is undone. Refused where there is another."""
+        with contextlib.ExitStack() as held:
+            with structure_lock():
+                other = working_on(flow)
+                if other is not None:
+                    raise Refused(f"pass {other.pass_id} of this connection is under way",
+                                  hint="criu-tcpcp passes shows it")
+                self.create()
+                try:
+                    held.enter_context(self.locked())
+                    self.write("claimed", flow=flow)
+                except BaseException:
+                    self.remove()
+                    raise
+            yield
+
+    @contextlib.contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[bool]:
         """Only one process works on this side of the pass. Without `wait`, yields False where another does."""
         with _explained("lock the journal"):
@@ -227,6 +246,18 @@ class Journal:
     def remove(self) -> None:
         """The pass is history and nothing of it is left: delete all of it."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def working_on(flow: dict[str, Any], but: Journal | None = None) -> Journal | None:
+    """The journal of a pass of this connection that a process works on."""
+    for journal in all_journals():
+        if but is not None and journal.directory == but.directory:
+            continue
+        if any(record.get("flow") == flow for record in journal.records()):
+            with contextlib.suppress(JournalError), journal.locked(wait=False) as idle:
+                if not idle:
+                    return journal
+    return None
 
 
 def all_journals() -> list[Journal]:

@@ -84,12 +84,11 @@ def run(control: socket.socket, journal: Journal, connection: Connection, target
         try:
             _say(control, {"progress": f"connecting to {target}"})
             origin.connect()
-            with netns.enter(origin.namespace):
+            with netns.enter(origin.namespace), journal.claimed(origin.flow.to_json()):
                 _say(control, {"progress": "staging"})
                 origin.stage()
                 origin.watch(control)
-                journal.create()
-                with journal.locked(), without_garbage_collection():
+                with without_garbage_collection():
                     _say(control, {"progress": f"passing {origin.flow}"})
                     syscalls.go_first()
                     executor.run(Event.START)

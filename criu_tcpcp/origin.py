@@ -17,6 +17,7 @@ Order within the freeze, and why (kernel/repair.py, kernel/rules.py, kernel/grac
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -189,6 +190,7 @@ class Origin:
                                self._socket_options, self._connection.inode)
         self._need_wire().send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
                                      self.options.redirect, entry))
+        self._stage_here()  # while the destination does the same
         answer = self._need_wire().receive(_STAGE_TIMEOUT_S)
         if isinstance(answer, RefusedMessage):
             raise Refused(answer.reason, hint=answer.hint)
@@ -197,14 +199,17 @@ class Origin:
         self.staged = answer
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
         self._redirect = redirect.origin_half(self.plan)
+        self._redirect.stage(self._need(self._rules), self.flow)
+
+    def _stage_here(self) -> None:
+        """What this host needs, whatever the destination answers."""
         self._rules = HostRules(self.flow.ip_version)
         self._rules.prepare_fence()
-        self._redirect.stage(self._rules, self.flow)
         self._queue = PacketQueue()
         self._hold = Hold(self.flow.ip_version, self._queue.number)
         self.queues = self._hold.queues
         self._grace = GracePeriod()
-        if tcpinfo.read(self._sock).options & tcp.OPT_TIMESTAMPS:
+        if tcpinfo.read(self._need(self._sock)).options & tcp.OPT_TIMESTAMPS:
             self._sniffer = Sniffer(self.flow)
             self._injector = Injector(self.flow.ip_version, MARK)
         self._application = self._registered_application()
@@ -225,11 +230,21 @@ class Origin:
         """The connection's socket, if the process and the descriptor are still what was chosen."""
         if not process.is_alive(self.identity):
             raise Refused(f"process {self.identity.pid} has exited")
-        sock = syscalls.borrow_socket(self._pidfd, self._connection.descriptors[0])
+        try:
+            sock = syscalls.borrow_socket(self._pidfd, self._connection.descriptors[0])
+        except KernelError as error:
+            if error.errno not in (errno.EBADF, errno.ESRCH):
+                raise
+            raise Refused(f"process {self.identity.pid} has closed descriptor {self._connection.descriptors[0]} or has "
+                          "exited") from None
         if tcpinfo.cookie(sock) != self._connection.cookie:
             sock.close()
             raise Refused(f"descriptor {self._connection.descriptors[0]} of process {self.identity.pid} has become "
                           "another socket")
+        state = tcpinfo.read(sock).state
+        if state not in tcp.PASSABLE_STATES and not self._recovered:
+            sock.close()
+            raise Refused(f"the connection of process {self.identity.pid} is in state {state.label} by now")
         return sock
 
     def _registered_application(self) -> apps.Conversation | None:

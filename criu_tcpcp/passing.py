@@ -69,8 +69,9 @@ def pass_connection(pid: int, fd: int, host: str | Target | LocalTarget, *, prog
             wanted = Options(**options)
         except TypeError as error:
             raise UsageError(str(error)) from None
+        connection = check(pid, fd)
         journal.prepare_run_directory()
-        report = _run(check(pid, fd), target, wanted, progress)
+        report = _run(connection, target, wanted, progress)
     except PassError:
         raise
     except TcpcpError as error:

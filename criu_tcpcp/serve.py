@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from ._version import __version__
 from .core import handoff, messages
 from .core.criu import messages as load_criu_messages
+from .core.endpoint import Flow
 from .core.errors import JournalError, LinkError, ProtocolError, TcpcpError
 from .core.handoff import DESTINATION_FINAL, Event
 from .destination import Destination
 from .executor import Executor, without_garbage_collection
 from .journal import Journal, prepare_run_directory
 from .kernel import netns, syscalls
-from .settle import sweep_host
+from .settle import stands_here, sweep_host
 from .transport.wire import Wire
 
 _LOCK_TIMEOUT_S = 12.0
@@ -60,6 +61,8 @@ def serve() -> None:
                 _answer(message, wire)
             case messages.Settled():
                 _settled(message, wire)
+            case messages.Ask():
+                wire.send(messages.Standing(message.pass_id, stands_here(Flow.from_json(message.flow))))
             case messages.Abort():
                 continue  # of a pass that is over here
             case _:
@@ -78,12 +81,15 @@ def _claim_stdio() -> tuple[int, int]:
 
 
 def _pass(stage: messages.Stage, wire: Wire) -> None:
-    try:
-        side = Destination.staged(stage, wire)
-    except TcpcpError as error:
-        wire.send(messages.Refused(stage.pass_id, error.message, error.hint))
-        return
-    with contextlib.closing(side), side.journal.locked(), without_garbage_collection():
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(Journal(stage.pass_id, "destination").claimed(stage.flow))
+            side = Destination.staged(stage, wire)
+        except TcpcpError as error:
+            wire.send(messages.Refused(stage.pass_id, error.message, error.hint))
+            return
+        held.enter_context(contextlib.closing(side))
+        held.enter_context(without_garbage_collection())
         wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into))
         syscalls.go_first()
         try:

@@ -9,24 +9,32 @@ command.
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from . import journal as journals
 from .core import handoff
 from .core.endpoint import Flow
-from .core.errors import ExitCode, InDoubt, KernelError, Owner, Refused, TcpcpError
+from .core.errors import ExitCode, InDoubt, KernelError, LinkError, Owner, ProtocolError, Refused, TcpcpError
 from .core.handoff import ORIGIN_FINAL, Event, OriginState
+from .core.messages import Ask, Standing
 from .core.tcp import TcpState
 from .executor import Executor
 from .inventory import Connection
 from .journal import Journal, structure_lock
+from .keeper import make_report
 from .kernel import netns, process, routing, sockdiag, syscalls
 from .kernel.rules import HostRules, host_rules
+from .origin import Origin, greet
 from .redirect.forward import DivertAtDestination
 from .report import Report
+from .transport.link import open_link
+from .transport.target import target_from_json
+from .transport.wire import Wire
 
 IP_VERSIONS = (4, 6)
+_ANSWER_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,8 @@ def _state(journal: Journal, working: bool) -> str:
         return {"settled": "active", "active": "active"}.get(last, journal.verdict() or "undecided")
     if any(record["boot"] != syscalls.boot_id() for record in journal.records()):
         return "of an earlier boot"
-    return {"offered": "in doubt", "committed": "unconfirmed", "intent": "undone", "done": "done", "lost": "lost",
-            "released": "released"}.get(last, last or "undone")
+    return {"offered": "in doubt", "committed": "unconfirmed", "claimed": "undone",
+            "intent": "undone"}.get(last, last or "undone")
 
 
 def _rules_of(journal: Journal, flow: Flow | None) -> list[str]:
@@ -115,8 +123,6 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
     """Settle one pass: ask the destination until it answers, at most `settle_s`. `force_origin` takes the connection
     back without its word: if it did commit, two hosts speak for the connection from then on, and the peer may reset
     it."""
-    from .keeper import make_report
-    from .origin import Origin
     journal = Journal(pass_id, journals.ORIGIN)
     if not journal.exists():
         raise Refused(f"this host knows no pass {pass_id} as its origin", hint="criu-tcpcp passes")
@@ -178,16 +184,23 @@ class Released:
 
 def release(pass_id: str | None = None, *, force: bool = False) -> Released:
     """Take away the rules and the records of one finished pass, or of all. Idempotent. A pass that is in doubt or at
-    work is kept, and so is a connection that is alive at this host: its rules bring it its packets."""
+    work is kept, and so is a connection that is alive, here or, unless the pass is named, where it went: its rules
+    bring it its packets."""
+    if pass_id is not None:
+        Journal(pass_id, journals.ORIGIN)  # for its complaint about what is no id
     done, kept = [], []
     chosen = [one for one in journals.all_journals() if pass_id is None or one.pass_id == pass_id]
-    for journal in chosen:
-        why = _why_kept(journal, force)
-        if why is None:
-            _remove(journal)
-            done.append(f"{journal.pass_id} ({journal.side})")
-        else:
-            kept.append(f"{journal.pass_id} ({journal.side}): {why}")
+    with contextlib.ExitStack() as stack:
+        elsewhere = _Elsewhere(stack)
+        for journal in chosen:
+            why = _why_kept(journal, force)
+            if why is None and pass_id is None:
+                why = elsewhere.why_kept(journal)
+            if why is None:
+                _remove(journal)
+                done.append(f"{journal.pass_id} ({journal.side})")
+            else:
+                kept.append(f"{journal.pass_id} ({journal.side}): {why}")
     sweep_host()
     return Released(tuple(done), tuple(kept))
 
@@ -196,15 +209,64 @@ def _why_kept(journal: Journal, force: bool) -> str | None:
     known = _known(journal)
     if known.working:
         return "a process is working on it"
+    if _in_use_by_another(journal):
+        return "its connection is being passed at this moment"
     if known.state in ("in doubt", "unconfirmed"):
         return f"its end is not known: criu-tcpcp resolve {journal.pass_id}"
     if journal.side == journals.DESTINATION and journal.verdict() == "committed":
         staged = journal.field("staged")
         if journal.field("settled") is None and not force:
             return "its origin has not confirmed the end and may ask again"
-        if staged is not None and sockdiag.state_of(Flow.from_json(staged["flow"])) is not None:
+        if staged is not None and _alive_here(Flow.from_json(staged["flow"])):
             return "its connection is alive here"
     return None
+
+
+class _Elsewhere:
+    """Asks the hosts that connections were passed to whether they are still there; one link a host."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._wires: dict[str, Wire | None] = {}
+
+    def why_kept(self, journal: Journal) -> str | None:
+        """For a finished pass of this origin that still sends packets on."""
+        intent = journal.field("intent")
+        if journal.side != journals.ORIGIN or intent is None or journal.last() != "done":
+            return None
+        flow = Flow.from_json(intent["flow"])
+        with _namespace_of(journal), host_rules(flow.ip_version) as rules:
+            if not rules.is_moved(flow):
+                return None
+        all_the_same = f"criu-tcpcp release {journal.pass_id} releases it all the same"
+        wire = self._wire(intent["target"])
+        try:
+            if wire is None:
+                raise LinkError("no link")
+            wire.send(Ask(journal.pass_id, flow.to_json()))
+            answer = wire.receive(_ANSWER_TIMEOUT_S)
+        except (LinkError, ProtocolError):
+            return f"{intent['host']} cannot be asked whether the connection is alive; {all_the_same}"
+        if isinstance(answer, Standing) and not answer.stands:
+            return None
+        return f"its connection is alive at {intent['host']}; {all_the_same}"
+
+    def _wire(self, target: dict[str, Any]) -> Wire | None:
+        key = json.dumps(target, sort_keys=True)
+        if key not in self._wires:
+            self._wires[key] = None
+            with contextlib.suppress(LinkError, ProtocolError, Refused):
+                link = self._stack.enter_context(open_link(target_from_json(target)))
+                wire = Wire(link.fileno(), link.fileno())
+                greet(link, wire)
+                self._wires[key] = wire
+        return self._wires[key]
+
+
+def stands_here(flow: Flow) -> bool:
+    """The connection is alive at this host, or this host has passed it on."""
+    with host_rules(flow.ip_version) as rules:
+        return _alive_here(flow) or rules.is_moved(flow)
 
 
 def _remove(journal: Journal) -> None:
@@ -221,8 +283,15 @@ def _remove(journal: Journal) -> None:
     journal.remove()
 
 
+def _in_use_by_another(journal: Journal) -> bool:
+    """Another pass of the same connection is at work: the rules are its own too."""
+    first = journal.field("claimed")
+    return first is not None and journals.working_on(first["flow"], journal) is not None
+
+
 def _alive_here(flow: Flow) -> bool:
-    return sockdiag.state_of(flow) is not None
+    """In TIME-WAIT both ends have said all: what could still come is a FIN again, after a lost last ACK."""
+    return sockdiag.state_of(flow) not in (None, TcpState.TIME_WAIT)
 
 
 def sweep_host() -> None:
@@ -241,7 +310,7 @@ def sweep_host() -> None:
 def _undo_staged(journal: Journal) -> None:
     journal.decide("aborted")
     staged = journal.field("staged")
-    if staged is not None:
+    if staged is not None and not _in_use_by_another(journal):
         flow = Flow.from_json(staged["flow"])
         with host_rules(flow.ip_version) as rules:
             _undo_destination(rules, flow)

@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, bool]] = {
     "list": ("cmd_list", False),
     "check": ("cmd_check", False),
     "passes": ("cmd_passes", False),
-    "resolve": ("cmd_resolve", True),
+    "resolve": ("cmd_resolve", False),
     "release": ("cmd_release", False),
     "serve": ("cmd_serve", False),
 }

@@ -182,10 +182,28 @@ class Settled(Message):
     pass_id: str
 
 
+@dataclass(frozen=True)
+class Ask(Message):
+    """Is the connection still there? Asked by a host that passed it away and still sends its packets on."""
+
+    kind = 16
+    pass_id: str
+    flow: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Standing(Message):
+    """`stands`: the connection is alive here, or was passed on from here."""
+
+    kind = 17
+    pass_id: str
+    stands: bool
+
+
 _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
-                    Activate, Lost, Settled)}
+                    Activate, Lost, Settled, Ask, Standing)}
 #: The annotation of a field -> its JSON type, and the type of a list's elements where that is fixed.
 _TYPES: dict[str, tuple[type, type | None]] = {
     "int": (int, None), "str": (str, None), "bool": (bool, None), "list[int]": (list, int), "list[str]": (list, str),
