@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from criu_tcpcp import verify
+from criu_tcpcp import journal, verify
 from criu_tcpcp.core.endpoint import Endpoint, Flow
 from criu_tcpcp.lab import Host, Lab, leftovers
 from waiting import PATIENCE_S, until
@@ -66,6 +67,19 @@ class Program:
         self.process.wait()
 
 
+@contextlib.contextmanager
+def _run_directory(path: Path) -> Iterator[None]:
+    """This process takes `path` for the run directory inside the `with`."""
+    before = os.environ.get("CRIU_TCPCP_RUN_DIR")
+    os.environ["CRIU_TCPCP_RUN_DIR"] = str(path)
+    try:
+        yield
+    finally:
+        os.environ.pop("CRIU_TCPCP_RUN_DIR")
+        if before is not None:
+            os.environ["CRIU_TCPCP_RUN_DIR"] = before
+
+
 class World:
     """Origin and destination with a `lab.node` each; use `world(...)`."""
 
@@ -75,7 +89,8 @@ class World:
         self.lab, self.version, self.kind = lab, version, kind
         self.clean = {host.name: leftovers(host) for host in (lab.origin, lab.destination)}
         for host in (lab.origin, lab.destination):
-            host.run([COMMAND, "check", "--feature", "run-directory"])
+            with _run_directory(host.run_dir):
+                journal.prepare_run_directory()
         common = [sys.executable, "-m", "criu_tcpcp.lab.node", "--port", str(PORT), "--kind", kind,
                   *(["--register"] if register else []), *node_options]
         address = listen or ("0.0.0.0" if version == 4 else "::")
@@ -192,11 +207,12 @@ class World:
 
     def release(self) -> list[str]:
         """`release` at both hosts, and what is left there afterwards."""
+        left: list[str] = []
         for host in (self.lab.origin, self.lab.destination):
-            host.run([COMMAND, "release"])
+            said = host.run([COMMAND, "release"]).stdout
+            left += [f"{host.name}: {line}" for line in said.splitlines() if line.startswith("kept")]
         for node in self.nodes.values():
             node.end()
-        left: list[str] = []
         for host in (self.lab.origin, self.lab.destination):
             now = [line for line in leftovers(host) if "apps" not in line and line != "file d passes"]
             left += [f"{host.name}: {line}" for line in now if line not in self.clean[host.name]]

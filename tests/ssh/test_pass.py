@@ -57,13 +57,12 @@ def test_an_unregistered_program_is_passed_at_a_quiet_instant(listen: str) -> No
 def test_streams_with_full_queues_arrive_whole_and_the_application_state_with_them() -> None:
     """24 MB each way, both readers slower than the writers. Unpaced streams lose packets by themselves, so the
     assertions about retransmissions are left out; those about what was said are not."""
-    slow = ("--read-rate", str(12 << 20))
+    slow = ("--read-rate", str(5 << 19))
     amounts = ("--send", str(STREAM_BYTES), "--receive", str(STREAM_BYTES))
     with world("stream", node_options=(*amounts, *slow)) as here:
         peer = Peer(here, "stream-peer", *amounts, *slow)
-        for _ in range(2):
-            until(lambda: min(here.queued()) > 100_000, "both queues of the connection to fill")
-            here.pass_once()
+        until(lambda: min(here.queued()) > 100_000, "both queues of the connection to fill")
+        here.pass_once("--max-stall", "5000")
         report = peer.result()
         assert report["error"] is None
         assert report["bytes_sent"] == report["bytes_received"] == STREAM_BYTES
@@ -75,7 +74,7 @@ def test_streams_with_full_queues_arrive_whole_and_the_application_state_with_th
 
 
 def test_a_connection_that_the_peer_has_half_closed_is_passed() -> None:
-    with world("stream", node_options=("--send", str(8 << 20), "--receive", "1000", "--rate", str(2 << 20))) as here:
+    with world("stream", node_options=("--send", str(8 << 20), "--receive", "1000", "--rate", str(1 << 20))) as here:
         before = here.counters()
         peer = Peer(here, "stream-peer", "--send", "1000", "--receive", str(8 << 20))
         until(lambda: "CLOSE-WAIT" in here.listed(), "the peer's FIN to arrive")
@@ -91,8 +90,9 @@ def test_a_connection_that_the_peer_has_half_closed_is_passed() -> None:
 
 
 def test_a_receiver_is_named_by_its_path_and_needs_no_privilege(tmp_path: Path) -> None:
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(directory.stat().st_mode | 0o011)
+    for directory in tmp_path.parents:
+        if str(directory).startswith("/tmp/"):
+            directory.chmod(directory.stat().st_mode | 0o011)
     tmp_path.chmod(0o777)
     path = tmp_path / "receiver"
     with world("echo", register=False,

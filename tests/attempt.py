@@ -1,0 +1,94 @@
+"""A pass that is caught at one of its steps, and a conversation that it must not disturb."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from waiting import until
+from world import COMMAND, PORT, World, world
+
+
+class Attempt:
+    """A pass under way, which is stopped at one step."""
+
+    def __init__(self, here: World, step: str) -> None:
+        self.here = here
+        side, _, _action = step.partition(":")
+        environment = {"CRIU_TCPCP_STOP_AT": step} if side == "origin" else {}
+        options = [] if side == "origin" else ["--remote-command", f"env 'CRIU_TCPCP_STOP_AT={step}' {COMMAND}"]
+        self.command = here.owner.spawn(here.pass_argv(*options, "--max-stall", "10000"), env=environment,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        name = "tcpcp-keeper" if side == "origin" else "tcpcp-serve"
+        until(lambda: self._stopped(name), f"{name} to stop at {step}", every_s=0.02)
+
+    def _stopped(self, name: str) -> bool:
+        assert self.command.poll() is None, self.command.communicate()
+        found = self.find(name)
+        return bool(found) and state(found[0]) == "T"
+
+    def find(self, name: str) -> list[int]:
+        """Processes of this lab by what they call themselves."""
+        wanted = {os.stat(host.netns).st_ino for host in (self.here.lab.origin, self.here.lab.destination)}
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and (entry / "comm").read_text().strip() == name \
+                        and os.stat(entry / "ns/net").st_ino in wanted:
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def kill(self, victim: str) -> None:
+        if victim == "command":
+            self.command.kill()
+            self.command.wait()
+        elif victim == "receiver":
+            self.here.nodes[self.here.other.name].end()
+        else:
+            for pid in self.find(f"tcpcp-{victim}"):
+                os.kill(pid, signal.SIGKILL)
+
+    def go_on(self) -> None:
+        for name in ("tcpcp-keeper", "tcpcp-serve"):
+            for pid in self.find(name):
+                os.kill(pid, signal.SIGCONT)
+
+    def outcome(self) -> dict[str, object] | None:
+        """The report, unless the command was the victim."""
+        out, err = self.command.communicate(timeout=60)
+        assert "Traceback" not in err, err
+        return dict(json.loads(out)) if out else None
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+@contextmanager
+def conversation(**options: Any) -> Iterator[tuple[World, socket.socket]]:
+    with world("echo", **options) as here, here.lab.peer.enter(), \
+            socket.create_connection((str(here.lab.origin.ipv4), PORT), timeout=20) as peer:
+        here.knows_peer(peer.getsockname()[1])
+        yield here, peer
+
+
+def exchange(peer: socket.socket, text: bytes) -> None:
+    peer.sendall(text)
+    got = b""
+    while len(got) < len(text):
+        data = peer.recv(4096)
+        assert data, "end of stream"
+        got += data
+    assert got == text
