@@ -14,6 +14,7 @@ from typing import Any
 
 from .core.criu import messages as load_criu_messages
 from .core.errors import Refused, TcpcpError, UsageError
+from .greeting import greet
 from .journal import prepare_run_directory
 from .kernel import netns, repair, syscalls
 from .kernel.grace import GracePeriod
@@ -21,7 +22,6 @@ from .kernel.nfqueue import PacketQueue
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, Hold, HostRules
 from .kernel.tracee import Tracee
-from .origin import greet
 from .rehearsal import rehearse
 from .transport.link import open_link
 from .transport.target import Target

@@ -118,7 +118,7 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
         steps += [("destination", str(name), float(ms)) for name, ms in origin.active.steps]
         left += [f"destination: {one}" for one in origin.active.left]
         notes += [str(one) for one in origin.active.notes]
-    if not origin.queues and origin.touched:
+    if origin.holding is not None and not origin.holding.queues and origin.touched:
         notes.append("this kernel cannot queue packets: what came meanwhile was dropped, and the peer sent it again")
     code, error, hint = ExitCode.OK, None, ""
     cause = _cause(origin, executor)
@@ -135,16 +135,15 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
         code = ExitCode.IN_DOUBT
         error = f"{cause}; the destination was told to take the connection and has not answered since"
         hint = f"when it can be reached again: criu-tcpcp resolve {origin.journal.pass_id}"
-    stall = None
-    if origin.hold_started is not None and origin.hold_ended is not None:
-        stall = round((origin.hold_ended - origin.hold_started) * 1000, 3)
+    stall = origin.holding.duration_ms if origin.holding is not None else None
     plan = origin.plan
     return Report(
         id=origin.journal.pass_id, owner=owner, exit=code, connection=str(origin.flow),
         into=origin.staged.into if origin.staged else "",
-        redirect=f"{plan.strategy} ({plan.reason})" if plan is not None else "", steps=tuple(steps), stall_ms=stall,
+        redirect=f"{plan.strategy} ({plan.reason})" if plan is not None else "", steps=tuple(steps),
+        stall_ms=round(stall, 3) if stall is not None else None,
         left=tuple(left), notes=tuple(notes), error=error, hint=hint,
-        details={"held_packets": origin.held_packets})
+        details={"held_packets": origin.holding.packets if origin.holding is not None else 0})
 
 
 def _cause(origin: Origin, executor: Executor[OriginState]) -> str:

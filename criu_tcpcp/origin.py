@@ -28,14 +28,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from . import apps, redirect
-from ._version import __version__
 from .core import tcp
 from .core.endpoint import Flow, IPAddress
 from .core.errors import KernelError, LinkError, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, Event, OriginState
 from .core.image import Image, encode, encode_inet_sk
 from .core.messages import (
-    PROTOCOL,
     Abort,
     Aborted,
     Activate,
@@ -53,13 +51,13 @@ from .core.messages import (
 from .core.messages import Refused as RefusedMessage
 from .core.state import ConnectionState
 from .executor import GaveUp
+from .greeting import greet
+from .holding import Holding
 from .inventory import Connection
 from .journal import Journal
 from .kernel import netns, process, repair, sockopt, syscalls, tcpinfo
-from .kernel.grace import GracePeriod
-from .kernel.nfqueue import ACCEPT, DROP, PacketQueue
 from .kernel.rawpacket import Injector, Sniffer
-from .kernel.rules import MARK, Hold, HostRules
+from .kernel.rules import MARK, HostRules
 from .kernel.timestamps import learn_ts_recent
 from .kernel.tracee import Tracee
 from .redirect.forward import DivertAtDestination
@@ -96,26 +94,6 @@ class Options:
     settle_s: float = 10.0
 
 
-def greet(link: Link, wire: Wire) -> Hello:
-    """Exchange Hello. LinkError says why there is no answer, Refused names both versions where they do not fit."""
-    try:
-        wire.send(Hello(PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(),
-                        list(netns.identity("/proc/thread-self/ns/net"))))
-        answer = wire.receive(_STAGE_TIMEOUT_S)
-    except (LinkError, ProtocolError):
-        if wire.silent:
-            raise link.failure() from None
-        raise
-    if isinstance(answer, RefusedMessage):
-        raise Refused(f"the destination refuses: {answer.reason}", hint=answer.hint)
-    if not isinstance(answer, Hello):
-        raise ProtocolError("the other end did not introduce itself as criu-tcpcp serve")
-    if answer.protocol != PROTOCOL:
-        raise Refused(f"this is criu-tcpcp {__version__} (protocol {PROTOCOL}), the destination has {answer.version} "
-                      f"(protocol {answer.protocol})", hint="install the same version at both ends")
-    return answer
-
-
 class Origin:
     """See the module. One thread uses it, in the origin process's network namespace (`run_in_namespace`)."""
 
@@ -132,11 +110,8 @@ class Origin:
         self.plan: redirect.Plan | None = None
         self.active: Active | None = None
         self.peer_hello: Hello | None = None
-        self.held_packets = 0
-        self.hold_started: float | None = None
-        self.hold_ended: float | None = None
+        self.holding: Holding | None = None
         self.touched = False
-        self.queues = True
         self._connection = connection
         self._target = target
         self._machine_state = OriginState.READY
@@ -148,9 +123,6 @@ class Origin:
         self._pidfd = syscalls.pidfd_open(connection.pid)
         self._sock: socket.socket | None = None
         self._tracee: Tracee | None = None
-        self._queue: PacketQueue | None = None
-        self._hold: Hold | None = None
-        self._grace: GracePeriod | None = None
         self._rules: HostRules | None = None
         self._redirect: redirect.OriginRedirect | None = None
         self._sniffer: Sniffer | None = None
@@ -205,10 +177,7 @@ class Origin:
         """What this host needs, whatever the destination answers."""
         self._rules = HostRules(self.flow.ip_version)
         self._rules.prepare_fence()
-        self._queue = PacketQueue()
-        self._hold = Hold(self.flow.ip_version, self._queue.number)
-        self.queues = self._hold.queues
-        self._grace = GracePeriod()
+        self.holding = Holding(self.flow)
         if tcpinfo.read(self._need(self._sock)).options & tcp.OPT_TIMESTAMPS:
             self._sniffer = Sniffer(self.flow)
             self._injector = Injector(self.flow.ip_version, MARK)
@@ -279,8 +248,9 @@ class Origin:
         """The report tells it."""
 
     def timeout_s(self) -> float | None:
-        if self.hold_started is not None and self._machine_state is OriginState.PREPARED:
-            return max(0.0, self.hold_started + self.options.max_stall_ms / 1000 - time.monotonic())
+        began = self.holding.began if self.holding is not None else None
+        if began is not None and self._machine_state is OriginState.PREPARED:
+            return max(0.0, began + self.options.max_stall_ms / 1000 - time.monotonic())
         return _ANSWER_TIMEOUT_S
 
     def next_event(self, timeout_s: float | None) -> Event:
@@ -289,8 +259,8 @@ class Origin:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         poller = select.poll()
         poller.register(wire.reading, select.POLLIN)
-        if self._queue is not None:
-            poller.register(self._queue, select.POLLIN)
+        if self.holding is not None:
+            poller.register(self.holding, select.POLLIN)
         if self._control is not None:
             poller.register(self._control, select.POLLIN)
         while True:
@@ -302,8 +272,8 @@ class Origin:
             if not ready:
                 return Event.TIMEOUT
             for number, _events in ready:
-                if self._queue is not None and number == self._queue.fileno():
-                    self._queue.collect()
+                if self.holding is not None and number == self.holding.fileno():
+                    self.holding.collect()
                 elif self._control is not None and number == self._control.fileno():
                     self._control = None
                     return Event.CANCEL
@@ -374,9 +344,7 @@ class Origin:
 
     def _hold_packets(self) -> None:
         self.touched = True
-        self.hold_started = time.monotonic()
-        self._need(self._hold).add(self.flow)
-        self._need(self._grace).wait()
+        self._need(self.holding).begin()
 
     def _extract(self) -> None:
         sock = self._need(self._sock)
@@ -414,7 +382,7 @@ class Origin:
         self._need(self._tracee).pin()
 
     def _silence(self) -> None:
-        self._need(self._hold).silence(self.flow)
+        self._need(self.holding).silence()
 
     def _fence(self) -> None:
         self._need(self._rules).fence(self.flow)
@@ -452,20 +420,11 @@ class Origin:
         """First the way, then what was held, in its order, then the direct path for what comes: nothing overtakes."""
         rules, way = self._need(self._rules), self._need(self._redirect)
         way.commit(rules, self.flow)
-        self._release(ACCEPT if way.held_packets_follow else DROP)
+        self._release(onward=way.held_packets_follow)
 
-    def _release(self, verdict: int) -> None:
-        queue, hold = self._queue, self._hold
-        if queue is None or hold is None:
-            return
-        while queue.release(verdict):
-            pass
-        self.hold_ended = time.monotonic()
-        hold.remove(self.flow)
-        queue.release(verdict)
-        self._need(self._grace).wait()  # packets that were past the set's look-up are in the queue now
-        queue.release(verdict)
-        self.held_packets = queue.released
+    def _release(self, onward: bool) -> None:
+        if self.holding is not None:
+            self.holding.release(onward)
 
     def _end(self) -> None:
         """The old endpoint goes without a packet; the fence stays, should anything still be said in its name."""
@@ -523,7 +482,7 @@ class Origin:
     def _undo(self) -> None:
         """The connection is the origin process's again, as it was. Each step is tried whatever became of the others."""
         problems: list[TcpcpError] = []
-        for step in (self._unfence, self._undo_redirect, self._run_again, lambda: self._release(ACCEPT),
+        for step in (self._unfence, self._undo_redirect, self._run_again, lambda: self._release(onward=True),
                      lambda: self._tell_application("resumed")):
             try:
                 step()
@@ -537,8 +496,8 @@ class Origin:
     def _unfence(self) -> None:
         if self._rules is not None:
             self._rules.unfence(self.flow)
-        if self._hold is not None:
-            self._hold.unsilence(self.flow)
+        if self.holding is not None:
+            self.holding.unsilence()
 
     def _undo_redirect(self) -> None:
         if self._rules is not None and self._redirect is not None:
@@ -595,8 +554,7 @@ class Origin:
     def close(self) -> None:
         """Let go of everything. A process that is still stopped runs again, unless the pass was offered: then it stays
         stopped (pinned), and the fence stands."""
-        for part in (self._sniffer, self._injector, self._application, self._hold, self._queue, self._grace,
-                     self._sock):
+        for part in (self._sniffer, self._injector, self._application, self.holding, self._sock):
             if part is not None:
                 part.close()
         if self._rules is not None:

@@ -7,6 +7,7 @@ the kernel has given it back by itself, after it the pass is settled here as `re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -50,7 +51,8 @@ def preview(connection: Connection, target: Target | LocalTarget, options: dict[
         return {"destination": f"{hello.host} (criu-tcpcp {hello.version})" if hello else "",
                 "into": staged.into if staged else "",
                 "redirect": f"{plan.strategy}: {plan.reason}" if plan else "",
-                "packets": "held" if origin.queues else "dropped during the pass: this kernel cannot queue them"}
+                "packets": "held" if origin.holding and origin.holding.queues
+                else "dropped during the pass: this kernel cannot queue them"}
     finally:
         with netns.enter(origin.namespace):
             origin.close()
@@ -104,7 +106,10 @@ def _listen(control: socket.socket, progress: Progress | None) -> Report | None:
         try:
             data = control.recv(1 << 20)
         except KeyboardInterrupt:
-            control.send(b"cancel")
+            with contextlib.suppress(BrokenPipeError):  # it has ended just now
+                control.send(b"cancel")
+            continue
+        except ConnectionResetError:  # it ended without reading that; what it said before is still to be read
             continue
         if not data:
             return None

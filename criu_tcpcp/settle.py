@@ -21,12 +21,13 @@ from .core.handoff import ORIGIN_FINAL, Event, OriginState
 from .core.messages import Ask, Standing
 from .core.tcp import TcpState
 from .executor import Executor
+from .greeting import greet
 from .inventory import Connection
 from .journal import Journal, structure_lock
 from .keeper import make_report
 from .kernel import netns, process, routing, sockdiag, syscalls
 from .kernel.rules import HostRules, host_rules
-from .origin import Origin, greet
+from .origin import Origin
 from .redirect.forward import DivertAtDestination
 from .report import Report
 from .transport.link import open_link
