@@ -2,7 +2,7 @@
 
     report = criu_tcpcp.pass_connection(pid=42, fd=7, host="dest")     the command's `pass`, as a call
     criu_tcpcp.Receiver, criu_tcpcp.register                           a cooperating application's half
-    criu_tcpcp.get, criu_tcpcp.create, criu_tcpcp.activate             the bare mechanism
+    criu_tcpcp.get, criu_tcpcp.create, criu_tcpcp.activate, .end       the bare mechanism
 
 What an application uses is imported with it; everything else comes in when it is first used.
 """
@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import Dormant, activate, create, get
+    from .api import Dormant, activate, create, end, get
     from .application import Passed, Receiver, Registration, register
     from .core.errors import ExitCode, Owner, TcpcpError
     from .passing import pass_connection
     from .report import PassError, Report
 
-_HOME = {"Dormant": "api", "activate": "api", "create": "api", "get": "api",
+_HOME = {"Dormant": "api", "activate": "api", "create": "api", "end": "api", "get": "api",
          "Passed": "application", "Receiver": "application", "Registration": "application", "register": "application",
          "ExitCode": "core.errors", "Owner": "core.errors", "TcpcpError": "core.errors",
          "pass_connection": "passing", "PassError": "report", "Report": "report"}
 
 __all__ = ["Dormant", "ExitCode", "Owner", "PassError", "Passed", "Receiver", "Registration", "Report", "TcpcpError",
-           "__version__", "activate", "create", "get", "pass_connection", "register"]
+           "__version__", "activate", "create", "end", "get", "pass_connection", "register"]
 
 
 def __getattr__(name: str) -> Any:

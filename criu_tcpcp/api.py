@@ -1,8 +1,9 @@
-"""tcpcp's three calls, as a library: `get` the state of a connection, `create` it dormant, `activate` it.
+"""tcpcp's three calls, as a library: `get` the state of a connection, `create` it dormant, `activate` it; and `end`,
+which takes the old endpoint away without a word.
 
 They are the bare mechanism, for programs that hold packets and stop traffic by means of their own; `pass_connection`
-is the whole. All three need CAP_NET_ADMIN. While `get` reads and until `create`'s socket is activated, no packet of
-the peer may reach either socket: what is acknowledged in between is lost.
+is the whole. All need CAP_NET_ADMIN. From `get` until `create`'s socket is activated, no packet of the peer may reach
+either socket: what is acknowledged in between is lost.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def get(sock: socket.socket) -> ConnectionState:
             sniffer.close()
             injector.close()
     return repair.read_state(sock, options, not sock.getblocking(), ts_recent)
+
+
+def end(sock: socket.socket) -> None:
+    """The connection lives elsewhere, or is about to: end this endpoint without a packet, whatever is in its queues.
+    What the program does with the socket afterwards fails."""
+    repair.end_silently(sock)
 
 
 def create(state: ConnectionState) -> Dormant:
