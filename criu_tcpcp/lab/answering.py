@@ -92,8 +92,8 @@ def answer(sock: socket.socket, responder: Responder, *, stop: Callable[[], bool
 
 
 class Pace:
-    """How many bytes may move now, at `rate` bytes a second (None: any number): a millisecond's worth at a time, since a
-    stream of tiny segments has tail-loss probes by itself."""
+    """How many bytes may move now, at `rate` bytes a second (None: any number): a millisecond's worth at a time, since
+    a stream of tiny segments has tail-loss probes by itself."""
 
     def __init__(self, rate: float | None) -> None:
         self.rate = rate

@@ -21,6 +21,7 @@ import fcntl
 import ipaddress
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from criu_tcpcp.kernel import netns
 NETNS_DIRECTORY = Path("/run/netns")      # where ip-netns(8) keeps them
 GATEWAY = "gateway"
 PEER = "peer"
+_LOCAL_ROUTES_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ def build(plan: dict[str, Place], namespaces: dict[str, str]) -> None:
     for host, place in plan.items():
         if not place.router:
             _ip(["-n", namespaces[host]], list(_host_commands(place)))
+    for host in plan:
+        with netns.enter(NETNS_DIRECTORY / namespaces[host]):
+            _wait_for_local_routes()
 
 
 def destroy(namespaces: Sequence[str]) -> None:
@@ -124,6 +129,23 @@ def _set_sysctls(*, router: bool) -> None:
     }
     for name, value in values.items():
         Path("/proc/sys/net", name).write_text(f"{value}\n")
+
+
+def _wait_for_local_routes() -> None:
+    """The kernel makes an IPv6 address's local route some time later (net/ipv6/addrconf.c, addrconf_dad_work), also the
+    one of the link-local address that it makes by itself when the link comes up."""
+    deadline = time.monotonic() + _LOCAL_ROUTES_S
+    while True:
+        here = [line.split() for line in Path("/proc/thread-self/net/if_inet6").read_text().splitlines()]
+        routes = {line.split()[0] for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()
+                  if line.split()[1] == "80"}
+        links = {address[5] for address in here}
+        if all(address[0] in routes for address in here) \
+                and all(any(address[5] == link and address[3] == "20" for address in here) for link in links - {"lo"}):
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError("the kernel does not make the local routes of its IPv6 addresses")
+        time.sleep(0.001)
 
 
 def _ip(options: Sequence[str], commands: Sequence[str]) -> None:

@@ -116,8 +116,9 @@ class Retransmissions(Assertion):
     A tail-loss probe (RFC 8985 7.3) repeats the end of a burst: it ends at SND.NXT, begins above SND.UNA (more than
     that segment was outstanding), comes after more than 2 SRTT + 2 jiffies of silence, and is the only one since the
     last progress. The first of the two jiffies may be nearly over when the timer is set, so that one is sure (measured:
-    probes after 4.1 to 8.1 ms with HZ=250). SRTT is measured at the capture: for the peer's direction it is exact in the peer's capture, for the
-    passed end's it is a lower bound there (the peer's own delay), which can only turn a violation into a probe.
+    probes after 4.1 to 8.1 ms with HZ=250). SRTT is measured at the capture: for the peer's direction it is exact in
+    the peer's capture, for the passed end's it is a lower bound there (the peer's own delay), which can only turn a
+    violation into a probe.
     Everything else that repeats bytes, or fills a gap, is a retransmission: called RTO where SND.UNA's segment comes
     after at least 200 ms of silence."""
 
