@@ -118,7 +118,7 @@ class World:
             assert b"listening" in process.stderr.readline()
             self._captures.append((role.value, role, process, path))
 
-    def verdict(self, before: dict[str, int] | None = None, **expect: Any) -> verify.Verdict:
+    def verdict(self, before: dict[str, int] | None = None, *, loss_free: bool = True) -> verify.Verdict:
         """The wire assertions over the whole life of the connection. Where it was passed more than once, "the origin is
         silent after the destination's first packet" is asked in another form: the speaker changed as often as it was
         passed, and never in between."""
@@ -127,7 +127,7 @@ class World:
         assert self.flow is not None
         assert self._speaker_changes(captures) == self.passes
         judged = captures if self.passes == 1 else [one for one in captures if one.role is verify.Role.PEER]
-        return verify.verify(judged, self.flow, verify.Expectations(loss_free=True, **expect), counters=counters)
+        return verify.verify(judged, self.flow, verify.Expectations(loss_free=loss_free), counters=counters)
 
     def _speaker_changes(self, captures: list[verify.Capture]) -> int:
         """How often another host began to speak for the passed end, by what left the hosts."""

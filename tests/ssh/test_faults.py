@@ -1,14 +1,15 @@
 """Whatever dies before the commit, the origin process keeps a working connection; what dies after it is settled.
 
-One test a step and victim: the process that is at the step stops itself just before it (CRIU_TCPCP_STOP_AT), the victim
-is ended, and everything goes on. Then the peer and the origin program still talk, nothing is stopped, and after
-`release` nothing is left.
+One test a step and victim (`./dev test --all`; in every run, some of them): the process that is at the step stops
+itself just before it (CRIU_TCPCP_STOP_AT), the victim is ended, and everything goes on. Then the peer and the origin
+program still talk, nothing is stopped, and after `release` nothing is left.
 """
 
 from __future__ import annotations
 
 import json
 import socket
+from typing import Any
 
 import pytest
 
@@ -26,9 +27,18 @@ DESTINATION_BEFORE_COMMIT = [Action.RESTORE, Action.GRAFT, Action.WRITE_PREPARED
 VICTIMS = ["command", "keeper", "link", "serve", "receiver"]
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("step", [f"origin:{action.value}" for action in ORIGIN_BEFORE_OFFER]
-                         + [f"destination:{action.value}" for action in DESTINATION_BEFORE_COMMIT])
+BEFORE_COMMIT = [*(f"origin:{action.value}" for action in ORIGIN_BEFORE_OFFER),
+                 *(f"destination:{action.value}" for action in DESTINATION_BEFORE_COMMIT)]
+
+
+def cases(steps: list[str], victims: list[str], often: int) -> list[Any]:
+    """Every victim at every step; `often` of them in every run, in turn, and the others in `./dev test --all`."""
+    return [pytest.param(step, victim, id=f"{step}-{victim}",
+                         marks=() if (turn - number) % len(victims) < often else pytest.mark.long)
+            for number, step in enumerate(steps) for turn, victim in enumerate(victims)]
+
+
+@pytest.mark.parametrize(("step", "victim"), cases(BEFORE_COMMIT, VICTIMS, 2))
 def test_before_the_commit_the_origin_keeps_a_working_connection(step: str, victim: str) -> None:
     with conversation(register=step == "origin:quiesce") as (here, peer):
         exchange(peer, b"before")
@@ -59,17 +69,17 @@ DESTINATION_AFTER_OFFER = [
     *handoff.DESTINATION[handoff.DestinationState.COMMITTED, handoff.Event.DONE].actions]
 
 
-@pytest.mark.parametrize("victims", [
-    ("keeper",), ("serve",), pytest.param(("link",), marks=pytest.mark.long),
-    pytest.param(("command", "keeper"), marks=pytest.mark.long),
-    pytest.param(("keeper", "serve"), marks=pytest.mark.long)], ids="+".join)
-@pytest.mark.parametrize("step", [f"origin:{action.value}" for action in ORIGIN_AFTER_OFFER]
-                         + [f"destination:{action.value}" for action in DESTINATION_AFTER_OFFER])
-def test_after_the_offer_the_pass_is_settled_with_one_owner(step: str, victims: tuple[str, ...]) -> None:
+AFTER_OFFER = [*(f"origin:{action.value}" for action in ORIGIN_AFTER_OFFER),
+               *(f"destination:{action.value}" for action in DESTINATION_AFTER_OFFER)]
+
+
+@pytest.mark.parametrize(("step", "victims"), cases(
+    AFTER_OFFER, ["keeper", "serve", "link", "command+keeper", "keeper+serve"], 1))
+def test_after_the_offer_the_pass_is_settled_with_one_owner(step: str, victims: str) -> None:
     with conversation(register=False) as (here, peer):
         exchange(peer, b"before")
         attempt = Attempt(here, step)
-        for victim in victims:
+        for victim in victims.split("+"):
             attempt.kill(victim)
         attempt.go_on()
         report = attempt.outcome()
