@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from attempt import Attempt, conversation, exchange, state
+from criu_tcpcp import __version__
 from criu_tcpcp.lab import leftovers
 from waiting import until
 from world import COMMAND, World
@@ -166,6 +167,13 @@ def test_a_destination_without_the_tool_or_with_another_one(by: Bystanders) -> N
                "`/no/criu-tcpcp` was not found on root@10.77.2.12", "pip install criu-tcpcp")
     by.refuses([*by.pass_argv(), "--remote-command", "echo hello; sleep 1; true"], REFUSED, "not criu-tcpcp")
     by.refuses([*by.pass_argv(), "--remote-command", "false"], REFUSED, "ended at once with status 1")
+
+
+def test_another_version_at_the_destination_is_named_with_ours(by: Bystanders) -> None:
+    other = (f"{sys.executable} -c 'from criu_tcpcp import serve; serve.__version__ = \"9.9\"; "
+             "serve.messages.PROTOCOL = 99; serve.serve()' #")
+    by.refuses([*by.pass_argv(), "--remote-command", other], REFUSED, f"this is criu-tcpcp {__version__} (protocol ",
+               "the destination has 9.9 (protocol 99)", "install the same version at both ends")
 
 
 def test_what_the_destination_refuses(by: Bystanders) -> None:

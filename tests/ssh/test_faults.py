@@ -8,6 +8,8 @@ program still talk, nothing is stopped, and after `release` nothing is left.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 from typing import Any
 
@@ -99,5 +101,37 @@ def test_after_the_offer_the_pass_is_settled_with_one_owner(step: str, victims: 
         assert peer.recv(1) == b""
         here.node.wait_for("end")
         until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
+        left = here.release()
+        assert left == [], "\n".join(left)
+
+
+def test_in_doubt_the_process_stays_stopped_until_somebody_decides() -> None:
+    """The destination cannot be asked: it never heard the commit, but the origin cannot know."""
+    with conversation(register=False) as (here, peer):
+        exchange(peer, b"before")
+        origin, pid = here.lab.origin, here.node.process.pid
+        attempt = Attempt(here, "origin:send commit")
+        listener = here.lab.destination.run(["ss", "-tlnpH", "sport", "=", "22"]).stdout
+        os.kill(int(listener.partition("pid=")[2].split(",")[0]), signal.SIGKILL)
+        for victim in ("command", "keeper"):
+            attempt.kill(victim)
+        until(lambda: state(pid) == "T", "the process to stay stopped")
+        (known,) = map(json.loads, origin.run([COMMAND, "passes", "--json"]).stdout.splitlines())
+        assert (known["side"], known["state"], known["rules"]) == ("origin", "in doubt", ["fenced"])
+        kept = origin.run([COMMAND, "release"]).stdout
+        assert kept == f"kept {known['id']} (origin): its end is not known: criu-tcpcp resolve {known['id']}\n"
+        doubt = origin.run([COMMAND, "resolve", "--timeout", "1"], check=False)
+        assert doubt.returncode == 6
+        assert "connection refused" in doubt.stdout
+        assert state(pid) == "T"
+        forced = origin.run([COMMAND, "resolve", known["id"], "--force-origin"], check=False)
+        assert forced.returncode == 1
+        assert forced.stdout.startswith(f"{known['id']}: origin")
+        assert forced.stderr.startswith("criu-tcpcp: warning: ")
+        exchange(peer, b"after")
+        assert state(pid) in ("S", "R")
+        until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
+        peer.shutdown(socket.SHUT_WR)
+        assert peer.recv(1) == b""
         left = here.release()
         assert left == [], "\n".join(left)
