@@ -18,7 +18,7 @@ STREAM_BYTES = 24 << 20
 NOBODY = 65534
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_request_response_peer_survives_twenty_passes_there_and_twenty_back(version: int) -> None:
     with world("rr", version=version) as here:
