@@ -101,7 +101,7 @@ class Executor(Generic[State]):
     def _wait(self) -> Event:
         try:
             event = self._side.next_event(self._side.timeout_s())
-        except (LinkError, ProtocolError) as error:
+        except TcpcpError as error:  # the link, what came over it, or the packet queue: no more is heard
             self._note_failure(error)
             return Event.LINK_LOST
         if event is Event.TIMEOUT:

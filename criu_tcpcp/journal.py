@@ -219,6 +219,10 @@ class Journal:
                 if other is not None:
                     raise Refused(f"pass {other.pass_id} of this connection is under way",
                                   hint="criu-tcpcp passes shows it")
+                unsettled = _unsettled(flow)
+                if unsettled is not None:
+                    raise Refused(f"pass {unsettled.pass_id} of this connection is not settled",
+                                  hint=f"criu-tcpcp resolve {unsettled.pass_id}")
                 self.create()
                 try:
                     held.enter_context(self.locked())
@@ -246,6 +250,17 @@ class Journal:
     def remove(self) -> None:
         """The pass is history and nothing of it is left: delete all of it."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _unsettled(flow: dict[str, Any]) -> Journal | None:
+    """A pass of this connection from this host, offered and not known to be over: its fence must stand, and what it
+    still has to do here would hit the connection's next life."""
+    for journal in all_journals():
+        last = journal.records()[-1:]
+        if journal.side == ORIGIN and last and last[0]["record"] in ("offered", "committed") \
+                and last[0]["boot"] == boot_id() and any(one.get("flow") == flow for one in journal.records()):
+            return journal
+    return None
 
 
 def working_on(flow: dict[str, Any], but: Journal | None = None) -> Journal | None:

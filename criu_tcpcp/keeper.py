@@ -52,6 +52,8 @@ def _keep(control: socket.socket, journal: Journal, connection: Connection, targ
         status = 0
     except TcpcpError as error:
         _say(control, {"failed": error.message, "hint": error.hint})
+    except Exception as error:  # noqa: BLE001 - a bug: the command says it, and the journal what became of the connection
+        _say(control, {"crashed": f"{type(error).__name__}: {error}"[:500]})
     finally:
         os._exit(status)
 

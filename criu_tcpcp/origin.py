@@ -98,14 +98,14 @@ class Origin:
     """See the module. One thread uses it, in the origin process's network namespace (`run_in_namespace`)."""
 
     def __init__(self, journal: Journal, connection: Connection, target: Target | LocalTarget,
-                 options: Options) -> None:
+                 options: Options, identity: process.Identity | None = None) -> None:
         if connection.flow is None:
             raise Refused("the socket is not connected")
         self.name = "origin"
         self.journal = journal
         self.flow: Flow = connection.flow
         self.options = options
-        self.identity = process.identity(connection.pid)
+        self.identity = identity or process.identity(connection.pid)
         self.staged: Staged | None = None
         self.plan: redirect.Plan | None = None
         self.active: Active | None = None
@@ -119,8 +119,10 @@ class Origin:
         self._wire: Wire | None = None
         self._control: socket.socket | None = None
         self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._namespace = process.open_namespace(connection.pid)
-        self._pidfd = syscalls.pidfd_open(connection.pid)
+        # Of a process that has gone there is nothing to open: a recovery then works in this namespace.
+        alive = process.is_alive(self.identity)
+        self._namespace = process.open_namespace(connection.pid) if alive else os.dup(self._home)
+        self._pidfd = syscalls.pidfd_open(connection.pid) if alive else -1
         self._sock: socket.socket | None = None
         self._tracee: Tracee | None = None
         self._rules: HostRules | None = None
@@ -202,7 +204,7 @@ class Origin:
         try:
             sock = syscalls.borrow_socket(self._pidfd, self._connection.descriptors[0])
         except KernelError as error:
-            if error.errno not in (errno.EBADF, errno.ESRCH):
+            if error.errno not in (errno.EBADF, errno.ESRCH, errno.ENOTSOCK):
                 raise
             raise Refused(f"process {self.identity.pid} has closed descriptor {self._connection.descriptors[0]} or has "
                           "exited") from None
@@ -362,8 +364,10 @@ class Origin:
 
     def _send_prepare(self) -> None:
         image, staged = self._need(self._image), self._need(self.staged)
+        began = self._need(self.holding).began or time.monotonic()
+        left_s = began + self.options.max_stall_ms / 1000 - time.monotonic()
         self._need_wire().send(Prepare(self.journal.pass_id, staged.nonce, image.inet_sk, image.tcp_stream,
-                                       image.extras, self._app_state))
+                                       image.extras, self._app_state), timeout_s=max(left_s, 0.01))
 
     def _save_state(self) -> None:
         """What a recovery needs to activate at the destination again: the very message, without its names. While the
@@ -563,7 +567,8 @@ class Origin:
             self._rules.close()
         self._close_link()
         for descriptor in (self._home, self._namespace, self._pidfd):
-            os.close(descriptor)
+            if descriptor != -1:
+                os.close(descriptor)
 
     @property
     def namespace(self) -> int:
@@ -593,7 +598,8 @@ class Origin:
         if intent is None or offered is None:
             raise ProtocolError(f"the journal of pass {journal.pass_id} does not say that it was offered")
         origin = cls(journal, connection, target_from_json(intent["target"]),
-                     Options(origin_sees=intent["origin_sees"], settle_s=settle_s))
+                     Options(origin_sees=intent["origin_sees"], settle_s=settle_s),
+                     process.Identity(intent["pid"], intent["start_time"]))
         origin.touched = origin._recovered = True
         origin.name = "resolve"
         origin._offered_boot = intent["destination_boot"]

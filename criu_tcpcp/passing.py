@@ -84,7 +84,7 @@ def pass_connection(pid: int, fd: int, host: str | Target | LocalTarget, *, prog
 
 
 def _refused(pid: int, fd: int, error: TcpcpError) -> Report:
-    return Report(id="", owner=Owner.ORIGIN, exit=error.exit_code, connection=f"process {pid}, descriptor {fd}",
+    return Report(id="", owner=error.owner, exit=error.exit_code, connection=f"process {pid}, descriptor {fd}",
                   error=error.message, hint=error.hint)
 
 
@@ -94,14 +94,14 @@ def _run(connection: Connection, target: Target | LocalTarget, options: Options,
     with control:
         said = _listen(control, progress)
     os.waitpid(pid, 0)
-    if said is None:
-        return _after_keeper(record, connection, progress)
+    if isinstance(said, str):
+        return _after_keeper(record, connection, progress, said)
     return said
 
 
-def _listen(control: socket.socket, progress: Progress | None) -> Report | None:
-    """What the keeper says until it ends; Ctrl-C asks it to undo, and waits on. None where it ended without a
-    report."""
+def _listen(control: socket.socket, progress: Progress | None) -> Report | str:
+    """What the keeper says until it ends; Ctrl-C asks it to undo, and waits on. Where it ended without a report, what
+    became of it."""
     while True:
         try:
             data = control.recv(1 << 20)
@@ -112,24 +112,28 @@ def _listen(control: socket.socket, progress: Progress | None) -> Report | None:
         except ConnectionResetError:  # it ended without reading that; what it said before is still to be read
             continue
         if not data:
-            return None
+            return "the keeper was killed"
         said = json.loads(data)
         if "report" in said:
             return Report.from_json(said["report"])
         if "failed" in said:
             raise Refused(said["failed"], hint=said["hint"])
+        if "crashed" in said:
+            return f"internal error in the keeper, please report it: {said['crashed']}"
         if progress is not None:
             progress(said["progress"])
 
 
-def _after_keeper(record: Journal, connection: Connection, progress: Progress | None) -> Report:
-    """The keeper was killed. What it wrote last says whether the connection may still be the origin's."""
+def _after_keeper(record: Journal, connection: Connection, progress: Progress | None, why: str) -> Report:
+    """The keeper is gone. What it wrote last says whether the connection may still be the origin's."""
     if record.last() in ("offered", "committed"):
         if progress is not None:
-            progress("the keeper was killed; settling the pass")
+            progress(f"{why}; settling the pass")
         return settle.resolve(record.pass_id)
+    if record.last() in ("done", "lost"):
+        return settle.settled_report(record)
     if record.exists():
         record.remove()
     settle.sweep_host()
     return Report(id=record.pass_id, owner=Owner.ORIGIN, exit=ExitCode.ROLLED_BACK, connection=str(connection.flow),
-                  error="the keeper was killed before the offer; the origin process has its connection")
+                  error=f"{why} before the offer; the origin process has its connection")

@@ -126,7 +126,7 @@ def _waiting_lock(journal: Journal) -> Iterator[bool]:
     """The journal's lock, if it can be had in time; an unknown pass needs none."""
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while journal.exists():
-        with contextlib.suppress(JournalError), journal.locked(wait=False) as mine:
+        with journal.locked(wait=False) as mine:
             if mine or time.monotonic() > deadline:
                 yield mine
                 return

@@ -19,7 +19,7 @@ from .core.endpoint import Flow
 from .core.errors import ExitCode, InDoubt, KernelError, LinkError, Owner, ProtocolError, Refused, TcpcpError
 from .core.handoff import ORIGIN_FINAL, Event, OriginState
 from .core.messages import Ask, Standing
-from .core.tcp import TcpState
+from .core.tcp import PASSABLE_STATES, TcpState
 from .executor import Executor
 from .greeting import greet
 from .inventory import Connection
@@ -36,6 +36,7 @@ from .transport.wire import Wire
 
 IP_VERSIONS = (4, 6)
 _ANSWER_TIMEOUT_S = 5.0
+_UNKNOWN_END = "its end is not known"
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,23 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
         if not mine:
             raise InDoubt(f"another process is settling pass {pass_id} at this moment", hint="criu-tcpcp passes")
         if journal.last() not in ("offered", "committed"):
-            return _settled_report(journal)
+            return settled_report(journal)
         if journal.field("offered")["boot"] != syscalls.boot_id():  # type: ignore[index]
             journal.write("lost")
-            return _settled_report(journal)
+            return settled_report(journal)
+        committed = journal.last() == "committed"
+        if committed and force_origin:
+            raise Refused(f"the destination has committed pass {pass_id}: the connection cannot come back",
+                          hint=f"criu-tcpcp resolve {pass_id}")
         connection = _remains(journal)
         origin = Origin.recovered(journal, connection, settle_s)
-        # Also where "committed" is written: how far the leave-taking behind it came is not, and all of it can be
-        # repeated.
-        executor = Executor(handoff.origin(OriginState.DOUBT), origin, ORIGIN_FINAL)
+        state, event = OriginState.DOUBT, Event.FORCED if force_origin else Event.TIMEOUT
+        if committed:
+            state, event = OriginState.COMMITTED, Event.RECOVER
+        executor = Executor(handoff.origin(state), origin, ORIGIN_FINAL)
         try:
             with netns.enter(origin.namespace):
-                executor.run(Event.FORCED if force_origin else Event.TIMEOUT)
+                executor.run(event)
             report = make_report(origin, executor)
             if executor.machine.state is OriginState.ROLLED_BACK:
                 journal.remove()
@@ -163,7 +169,8 @@ def _remains(journal: Journal) -> Connection:
                       why_not=None)
 
 
-def _settled_report(journal: Journal) -> Report:
+def settled_report(journal: Journal) -> Report:
+    """Of a pass that is over, or was never offered."""
     last = journal.last()
     owner = {"done": Owner.DESTINATION, "lost": Owner.NONE}.get(last, Owner.ORIGIN)
     code = {Owner.NONE: ExitCode.LOST, Owner.ORIGIN: ExitCode.ROLLED_BACK}.get(owner, ExitCode.OK)
@@ -181,6 +188,11 @@ class Released:
 
     released: tuple[str, ...]
     kept: tuple[str, ...]
+
+    @property
+    def in_doubt(self) -> bool:
+        """One was kept because its end is not known."""
+        return any(_UNKNOWN_END in one for one in self.kept)
 
 
 def release(pass_id: str | None = None, *, force: bool = False) -> Released:
@@ -213,13 +225,19 @@ def _why_kept(journal: Journal, force: bool) -> str | None:
     if _in_use_by_another(journal):
         return "its connection is being passed at this moment"
     if known.state in ("in doubt", "unconfirmed"):
-        return f"its end is not known: criu-tcpcp resolve {journal.pass_id}"
+        return f"{_UNKNOWN_END}: criu-tcpcp resolve {journal.pass_id}"
     if journal.side == journals.DESTINATION and journal.verdict() == "committed":
         staged = journal.field("staged")
         if journal.field("settled") is None and not force:
             return "its origin has not confirmed the end and may ask again"
         if staged is not None and _alive_here(Flow.from_json(staged["flow"])):
             return "its connection is alive here"
+    first = journal.field("claimed")
+    if journal.side == journals.ORIGIN and first is not None and "fenced" in known.rules:
+        state = sockdiag.state_of(Flow.from_json(first["flow"]))
+        if state is not None and state not in PASSABLE_STATES and state is not TcpState.TIME_WAIT:
+            # Its process died before it could be ended in silence: without the fence it would still send its FIN.
+            return f"what is left of the old endpoint is in state {state.label}; the kernel gives it up in some minutes"
     return None
 
 
@@ -271,17 +289,22 @@ def stands_here(flow: Flow) -> bool:
 
 
 def _remove(journal: Journal) -> None:
+    """The record; and with the last one that tells of the connection its rules, unless it is alive here."""
     first = journal.field("intent") or journal.field("staged")
-    if first is not None:
+    if first is not None and not _others_of(first["flow"], journal):
         flow = Flow.from_json(first["flow"])
         with _namespace_of(journal), host_rules(flow.ip_version) as rules:
-            if journal.side == journals.DESTINATION:
-                _undo_destination(rules, flow)
-            elif not _alive_here(flow):  # passed back since: its fence is history
+            if not _alive_here(flow):
                 rules.stay(flow)
                 rules.unfence(flow)
+                DivertAtDestination().undo(rules, flow)
             rules.sweep()
     journal.remove()
+
+
+def _others_of(flow: dict[str, Any], but: Journal) -> bool:
+    return any(one.directory != but.directory and any(record.get("flow") == flow for record in one.records())
+               for one in journals.all_journals())
 
 
 def _in_use_by_another(journal: Journal) -> bool:
@@ -301,7 +324,7 @@ def sweep_host() -> None:
         if journal.side != journals.DESTINATION:
             continue
         with contextlib.suppress(TcpcpError), journal.locked(wait=False) as mine:
-            if mine and journal.exists() and journal.verdict() is None:
+            if mine and journal.exists() and journal.verdict() != "committed":
                 _undo_staged(journal)
     for version in IP_VERSIONS:
         with contextlib.suppress(KernelError), host_rules(version) as rules:

@@ -37,6 +37,7 @@ class Event(enum.StrEnum):
     TIMEOUT = "timeout"
     REBOOTED = "rebooted"  # the destination is another boot than the one that was offered to
     FORCED = "forced"  # resolve --force-origin
+    RECOVER = "recover"  # from a journal that says committed
     # messages
     PREPARE = "Prepare"
     PREPARED = "Prepared"
@@ -137,6 +138,7 @@ class DestinationState(enum.StrEnum):
     LOST = "lost"
     ASKED = "asked"
     INTERRUPTED = "committed, activation interrupted"
+    LEFT = "committed, left to a later serve"
 
 
 State = TypeVar("State", bound=OriginState | DestinationState)
@@ -173,6 +175,8 @@ def _origin_table() -> _OriginTable:
         (_O.COMMITTED, _E.DONE): Transition(_O.COMMITTED),
         (_O.COMMITTED, _E.ACTIVE): Transition(_O.DONE, done),
         (_O.COMMITTED, _E.LOST): lost,
+        # What was committed cannot come back. How far the leave-taking came is not known; all of it can be repeated.
+        (_O.COMMITTED, _E.RECOVER): Transition(_O.UNCONFIRMED, (*take_leave, *ask)),
         (_O.DOUBT, _E.DONE): Transition(_O.DOUBT),
         (_O.DOUBT, _E.ABORTED): given_back,
         (_O.DOUBT, _E.REBOOTED): given_back,
@@ -185,6 +189,7 @@ def _origin_table() -> _OriginTable:
         (_O.UNCONFIRMED, _E.ACTIVE): Transition(_O.DONE, done),
         (_O.UNCONFIRMED, _E.LOST): lost,
         (_O.UNCONFIRMED, _E.REBOOTED): lost,
+        (_O.UNCONFIRMED, _E.ABORTED): Transition(_O.DONE, done),  # it was settled there, and released
         (_O.DONE, _E.DONE): Transition(_O.DONE),
         (_O.ROLLED_BACK, _E.DONE): Transition(_O.ROLLED_BACK),
         (_O.LOST, _E.DONE): Transition(_O.LOST),
@@ -228,8 +233,8 @@ def _destination_table() -> _DestinationTable:
         (_D.INTERRUPTED, _E.DONE): Transition(_D.INTERRUPTED),
         (_D.INTERRUPTED, _E.ACTIVATE): Transition(_D.COMMITTED, (_A.RECLAIM, _A.UNFENCE, *activate)),
         (_D.INTERRUPTED, _E.QUERY): Transition(_D.INTERRUPTED, (_A.SEND_COMMITTED,)),
-        (_D.INTERRUPTED, _E.LINK_LOST): Transition(_D.INTERRUPTED),
-        (_D.INTERRUPTED, _E.TIMEOUT): Transition(_D.INTERRUPTED),
+        (_D.INTERRUPTED, _E.LINK_LOST): Transition(_D.LEFT),
+        (_D.INTERRUPTED, _E.TIMEOUT): Transition(_D.LEFT),
         (_D.ACTIVE, _E.DONE): Transition(_D.ACTIVE),
         (_D.ABORTED, _E.DONE): Transition(_D.ABORTED),
         (_D.LOST, _E.DONE): Transition(_D.LOST),
@@ -250,7 +255,7 @@ DESTINATION: _DestinationTable = _destination_table()
 
 #: Where a machine rests: nothing more will happen by itself.
 ORIGIN_FINAL = frozenset({_O.DONE, _O.ROLLED_BACK, _O.LOST})
-DESTINATION_FINAL = frozenset({_D.ACTIVE, _D.ABORTED, _D.LOST})
+DESTINATION_FINAL = frozenset({_D.ACTIVE, _D.ABORTED, _D.LOST, _D.LEFT})
 
 #: Who owns the connection as far as the origin can tell.
 OWNER: dict[OriginState, Owner] = {

@@ -192,9 +192,10 @@ class HostRules:
         self._add(_moved_component(self.version, nexthop, interface), flow)
 
     def moves_of(self, flow: Flow) -> list[str]:
-        """The sets that say where it goes, for `stay`."""
-        return [name for name in self._table.set_names()
-                if name.startswith(_MOVED) and self._table.contains(name, flow)]
+        """The sets that say where it goes, for `stay`: each behind its `_closing` one, which a FIN may put it into at
+        any time, and which would put it back into the first."""
+        return [part for name in self._table.set_names() if name.startswith(_MOVED) and not name.endswith("_closing")
+                and self._table.contains(name, flow) for part in (f"{name}_closing", name)]
 
     def stay(self, flow: Flow, names: Iterable[str] | None = None) -> bool:
         """No longer moved anywhere. `names`: the result of `moves_of`, where time matters."""
@@ -247,12 +248,10 @@ class HostRules:
         attempt()
 
     def _remove(self, flow: Flow, prefix: str) -> bool:
-        """From every set with this prefix: also from that of connections that are closing."""
-        found = False
-        for name in self._table.set_names():
-            if name.startswith(prefix):
-                found = self._table.remove(name, flow) or found
-        return found
+        """From every set with this prefix; first from that of connections that are closing, which would put it back."""
+        names = [name for name in self._table.set_names() if name.startswith(prefix)]
+        found = [self._table.remove(name, flow) for name in sorted(names, key=lambda one: not one.endswith("_closing"))]
+        return any(found)
 
     def flows(self) -> dict[str, list[Flow]]:
         """What stands: set name -> connections, for `passes` and `release`."""

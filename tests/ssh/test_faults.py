@@ -124,6 +124,10 @@ def test_in_doubt_the_process_stays_stopped_until_somebody_decides() -> None:
         assert doubt.returncode == 6
         assert "connection refused" in doubt.stdout
         assert state(pid) == "T"
+        again = origin.run(here.pass_argv(), check=False)  # it would lift the fence when it is undone
+        assert again.returncode == 3
+        assert f"pass {known['id']} of this connection is not settled" in json.loads(again.stdout)["error"]
+        assert state(pid) == "T"
         forced = origin.run([COMMAND, "resolve", known["id"], "--force-origin"], check=False)
         assert forced.returncode == 1
         assert forced.stdout.startswith(f"{known['id']}: origin")
@@ -133,5 +137,28 @@ def test_in_doubt_the_process_stays_stopped_until_somebody_decides() -> None:
         until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
         peer.shutdown(socket.SHUT_WR)
         assert peer.recv(1) == b""
+        left = here.release()
+        assert left == [], "\n".join(left)
+
+
+def test_a_committed_pass_is_settled_though_its_origin_process_has_gone() -> None:
+    """And the connection lives on at the destination, which was interrupted before it was active."""
+    with conversation(register=False) as (here, peer):
+        exchange(peer, b"before")
+        attempt = Attempt(here, "destination:unfence")
+        for victim in ("command", "keeper", "serve"):
+            attempt.kill(victim)
+        origin = here.lab.origin
+        origin.run(["sysctl", "-qw", "net.ipv4.tcp_orphan_retries=1"])  # else it takes minutes
+        here.node.end()
+        settled = origin.run([COMMAND, "resolve", "--json"])
+        assert json.loads(settled.stdout)["owner"] == "destination", settled
+        here.owner = here.lab.destination
+        exchange(peer, b"after")
+        peer.shutdown(socket.SHUT_WR)
+        assert peer.recv(1) == b""
+        here.node.wait_for("end")
+        until(lambda: not origin.run(["ss", "-tnH", "state", "fin-wait-1"]).stdout, "the old endpoint to go",
+              every_s=0.1)
         left = here.release()
         assert left == [], "\n".join(left)
