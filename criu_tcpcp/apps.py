@@ -156,7 +156,7 @@ def listen(path: Path) -> socket.socket:
 
 def _hint(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"{path.parent} is made by any criu-tcpcp command that root runs, e.g. criu-tcpcp check"
+        return f"{path.parent} is made by root: criu-tcpcp check"
     return "another path can be given with path=..."
 
 

@@ -111,7 +111,7 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
         if error.errno == errno.EPERM:
             raise Refused(f"descriptor {numbers[0]} of process {pid} may not be taken",
                           hint="root, or CAP_SYS_PTRACE and CAP_NET_ADMIN, are needed") from None
-        if error.errno in (errno.ESRCH, errno.EBADF):
+        if error.errno in (errno.ESRCH, errno.EBADF, errno.ENOTSOCK):
             raise Refused(f"process {pid} has closed descriptor {numbers[0]} or has exited") from None
         raise
     with sock:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from ..core.errors import Refused
 
 if TYPE_CHECKING:
     from ..transport.target import Target
@@ -19,6 +22,28 @@ def add_ssh_arguments(parser: argparse.ArgumentParser) -> None:
     ssh.add_argument("--remote-command", default="criu-tcpcp", metavar="CMD",
                      help="shell command line there, to which ' serve' is appended (default: %(default)s)")
     ssh.add_argument("--timeout", type=float, default=10, metavar="S", help="for the connection (default: %(default)s)")
+
+
+def process_id(text: str) -> int:
+    """For argparse: a number that a process can have (PID_MAX_LIMIT, linux/threads.h)."""
+    return _number(text, 1, 1 << 22)
+
+
+def descriptor(text: str) -> int:
+    """For argparse."""
+    return _number(text, 0, (1 << 31) - 1)
+
+
+def _number(text: str, lowest: int, highest: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 11 and lowest <= int(text) <= highest):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number from {lowest} to {highest}")
+    return int(text)
+
+
+def need_root() -> None:
+    """An answer that is empty for want of privileges would be a wrong one."""
+    if os.geteuid() != 0:
+        raise Refused("root is needed", hint="run it with sudo")
 
 
 def target_of(arguments: argparse.Namespace) -> Target:

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from .. import features
     found = features.check(arguments.feature)
-    reached = features.check_host(target_of(arguments)) if arguments.host else None
-    bad = [one for one in found if one.problem and one.required]
+    reached = features.check_host(target_of(arguments)) if arguments.host is not None else None
+    bad = [one for one in found if one.problem and (one.required or arguments.feature)]
     if arguments.json:
         console.result_json({"schema": 1, "features": [one.to_json() for one in found], "host": reached})
     else:
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
             console.result(f"  {'ok  ' if not one.problem else 'FAIL' if one.required else 'lack'}  {one.name}: "
                            f"{one.problem or one.meaning}")
         if reached is not None:
-            console.result(f"  ok    {arguments.host}: criu-tcpcp {reached['version']} on {reached['host']}")
+            console.result(f"  reached  {arguments.host}: criu-tcpcp {reached['version']} on {reached['host']}")
         if not bad:
             console.result("Looks good.")
-    return int(ExitCode.REFUSED if bad or (arguments.feature and any(one.problem for one in found)) else ExitCode.OK)
+    return int(ExitCode.REFUSED if bad else ExitCode.OK)

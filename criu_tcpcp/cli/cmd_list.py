@@ -7,16 +7,18 @@ from typing import Any
 
 from ..core.errors import ExitCode
 from . import console
+from .arguments import need_root, process_id
 
 HELP = "list connections, and whether each can be passed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pid", type=int, help="only this process")
+    parser.add_argument("--pid", type=process_id, help="only this process")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    need_root()
     from .. import inventory
     if arguments.pid is not None:
         from ..kernel import process

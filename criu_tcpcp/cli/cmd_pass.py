@@ -9,14 +9,14 @@ from typing import Any
 
 from ..core.errors import ExitCode, UsageError
 from . import console
-from .arguments import add_ssh_arguments, target_of
+from .arguments import add_ssh_arguments, descriptor, process_id, target_of
 
 HELP = "pass a connection to another host"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pid", type=int, required=True, help="the process that has the connection")
-    parser.add_argument("--fd", type=int, required=True, help="its descriptor")
+    parser.add_argument("--pid", type=process_id, required=True, help="the process that has the connection")
+    parser.add_argument("--fd", type=descriptor, required=True, help="its descriptor")
     parser.add_argument("--host", required=True, metavar="[USER@]HOST[:PORT]", help="the destination")
     parser.add_argument("--into", default="auto", metavar="WAY",
                         help="auto, or receiver[:PATH]: who takes the connection there (default: %(default)s)")
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--app-state", metavar="FILE|-", help="bytes for the application at the destination")
     parser.add_argument("--origin-sees", default="reset", choices=["reset", "eof"],
                         help="what the origin program reads afterwards (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="reach the destination, stage everything, stop nothing, and take it all back")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("-v", "--verbose", action="store_true", help="the time of every step")
     add_ssh_arguments(parser)

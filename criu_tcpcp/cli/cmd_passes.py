@@ -6,6 +6,7 @@ import argparse
 
 from ..core.errors import ExitCode
 from . import console
+from .arguments import need_root
 
 HELP = "list passes, and what of each still stands"
 
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    need_root()
     from .. import settle
     known = settle.passes()
     if arguments.json:

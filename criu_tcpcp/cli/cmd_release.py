@@ -6,6 +6,7 @@ import argparse
 
 from ..core.errors import ExitCode
 from . import console
+from .arguments import need_root
 
 HELP = "drop the fences, redirects and records of finished passes"
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    need_root()
     from .. import settle
     outcome = settle.release(arguments.id, force=arguments.force)
     if arguments.json:
@@ -29,4 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
             console.result(f"kept {one}")
         if not outcome.released and not outcome.kept:
             console.result("nothing to release")
-    return int(ExitCode.UNCLEAN if arguments.id and outcome.kept else ExitCode.OK)
+    if arguments.id and outcome.kept:
+        return int(ExitCode.IN_DOUBT if outcome.in_doubt else ExitCode.REFUSED)
+    return int(ExitCode.OK)

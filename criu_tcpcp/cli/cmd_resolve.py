@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..core.errors import ExitCode
+from ..core.errors import ExitCode, TcpcpError
 from . import console
+from .arguments import need_root
 
 HELP = "settle passes in doubt"
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    need_root()
     from .. import settle
     if arguments.force_origin:
         if arguments.id is None:
@@ -31,7 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
     ids = [arguments.id] if arguments.id else [journal.pass_id for journal in settle.unsettled()]
     codes = set()
     for pass_id in ids:
-        report = settle.resolve(pass_id, settle_s=arguments.timeout, force_origin=arguments.force_origin)
+        try:
+            report = settle.resolve(pass_id, settle_s=arguments.timeout, force_origin=arguments.force_origin)
+        except TcpcpError as error:
+            if arguments.id:
+                raise
+            console.error(error, about_connection=False)  # the others are settled all the same
+            codes.add(error.exit_code)
+            continue
         codes.add(report.exit)
         if arguments.json:
             console.result_json(report.to_json())

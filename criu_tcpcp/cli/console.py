@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from ..core.errors import Owner, TcpcpError
 
@@ -13,22 +14,33 @@ _OWNERS = {Owner.ORIGIN: "the origin has the connection", Owner.DESTINATION: "th
            Owner.UNKNOWN: "who has the connection is not known yet", Owner.NONE: "nobody has the connection"}
 
 
+def _write(stream: TextIO, text: str) -> None:
+    """A reader that has gone, or a full disk, must not change the exit status, which says who owns a connection."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            log(f"cannot write to stdout: {error.strerror}")
+
+
 def result(text: str) -> None:
-    print(text, flush=True)
+    _write(sys.stdout, text)
 
 
 def result_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value), flush=True)
+    _write(sys.stdout, json.dumps(value))
 
 
 def progress(text: str) -> None:
     """Passing words for a person who watches; silent where nobody does."""
     if sys.stderr.isatty():
-        print(f"criu-tcpcp: {text}", file=sys.stderr, flush=True)
+        log(text)
 
 
 def log(text: str) -> None:
-    print(f"criu-tcpcp: {text}", file=sys.stderr, flush=True)
+    _write(sys.stderr, f"criu-tcpcp: {text}")
 
 
 def error(problem: TcpcpError, *, about_connection: bool) -> None:

@@ -26,6 +26,9 @@ COMMANDS: dict[str, tuple[str, bool]] = {
 }
 
 
+_INTERNAL_ERROR = 70  # sysexits.h, EX_SOFTWARE
+
+
 class _Parser(argparse.ArgumentParser):
     """Usage errors as one line, like all others."""
 
@@ -45,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name in COMMANDS:
         module = _module(name)
-        sub = commands.add_parser(name, help=module.HELP, description=(module.__doc__ or "").strip().split("\n\n")[0])
+        sub = commands.add_parser(name, allow_abbrev=False, help=module.HELP,
+                                  description=(module.__doc__ or "").strip().split("\n\n")[0])
         module.add_arguments(sub)
     return top
 
@@ -64,11 +68,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.log("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+    except BrokenPipeError:  # the reader of argparse's own words has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except Exception as problem:  # noqa: BLE001 - a bug: one line, and a status that claims no owner
+        console.log(f"internal error, please report it: {type(problem).__name__}: {problem}")
+        return _INTERNAL_ERROR
 
 
 def entry() -> NoReturn:
     """The console script."""
+    _have_stdio()
     sys.exit(main())
+
+
+def _have_stdio() -> None:
+    """What was started without stdin, stdout or stderr gets /dev/null there: else the next socket would be in their
+    place, and be written to."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - it stays open

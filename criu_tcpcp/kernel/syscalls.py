@@ -63,8 +63,15 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
 
 
 def borrow_socket(pidfd: int, fd: int) -> socket.socket:
-    """The process's descriptor `fd` as a socket of ours; Python must not touch the shared O_NONBLOCK of it."""
-    return socket.socket(fileno=pidfd_getfd(pidfd, fd))
+    """The process's descriptor `fd` as a socket of ours; Python must not touch the shared O_NONBLOCK of it. KernelError
+    ENOTSOCK where it has become something else."""
+    descriptor = pidfd_getfd(pidfd, fd)
+    try:
+        with failing("getsockopt"):
+            return socket.socket(fileno=descriptor)
+    except KernelError:
+        os.close(descriptor)
+        raise
 
 
 def membarrier_global() -> None:

@@ -23,6 +23,7 @@ from ..core.errors import UsageError
 # What would mean something to a shell that a ProxyCommand is given to; ssh refuses the same (ssh.c, valid_ruser).
 _UNSAFE = re.compile(r"""[\s\x00-\x1f'"`$\\;&<>|(){}]""")
 _PORTS = range(1, 65536)
+_LONGEST_S, _LONGEST_NAME = 86400, 255
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Target:
             _validate_name("user", self.user)
         if self.port is not None and self.port not in _PORTS:
             raise UsageError(f"port {self.port} is not between 1 and 65535")
-        if not self.timeout_s > 0:
-            raise UsageError(f"a time-out of {self.timeout_s} s is no time at all")
+        if not 0 < self.timeout_s <= _LONGEST_S:
+            raise UsageError(f"a time-out of {self.timeout_s} s: more than 0, and at most {_LONGEST_S}")
+        if len(self.host) > _LONGEST_NAME or not self.host.isascii():
+            raise UsageError(f"--host {self.host[:40]!a}: not the name of a host")
         object.__setattr__(self, "identity_files", tuple(_absolute(path) for path in self.identity_files))
         for name in ("ssh_config", "known_hosts"):
             path = getattr(self, name)
@@ -133,8 +136,8 @@ def parse_host(text: str) -> Target:
     else:
         host, colon, digits = where.partition(":")
         port = digits if colon else None
-    if port is not None and not (port.isascii() and port.isdigit() and int(port) in _PORTS):
-        raise UsageError(f"--host {text!r}: {port!r} is not a port (1 to 65535)")
+    if port is not None and not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) in _PORTS):
+        raise UsageError(f"--host {text[:80]!r}: {port[:20]!r} is not a port (1 to 65535)")
     if at and not user:
         raise UsageError(f"--host {text!r}: no user before the @")
     return Target(host, user if at else None, None if port is None else int(port))

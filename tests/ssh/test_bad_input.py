@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -106,9 +107,9 @@ def test_an_mptcp_socket(by: Bystanders, capability) -> None:  # type: ignore[no
 
 def test_no_such_process_and_no_such_descriptor(by: Bystanders) -> None:
     by.refuses(by.pass_argv(pid=1 << 22, fd=3), REFUSED, f"there is no process {1 << 22}")
-    by.refuses(by.pass_argv(pid=-1, fd=3), REFUSED, "there is no process -1")
+    by.refuses(by.pass_argv(pid=-1, fd=3), USAGE, "'-1' is not a number")
     by.refuses(by.pass_argv(fd=999), REFUSED, "has no descriptor 999", "criu-tcpcp list --pid")
-    by.refuses(by.pass_argv(fd=-1), REFUSED, "has no descriptor -1")
+    by.refuses(by.pass_argv(fd=-1), USAGE, "'-1' is not a number")
 
 
 def test_a_connection_that_two_processes_share(by: Bystanders) -> None:
@@ -202,7 +203,9 @@ def test_a_redirect_that_cannot_be(by: Bystanders) -> None:
 @pytest.mark.parametrize("argv", [
     [], ["fly"], ["pass"], ["pass", "--pid", "x", "--fd", "1", "--host", "h"],
     ["pass", "--pid", "1", "--fd", "1", "--host", ""], ["pass", "--pid", "1", "--fd", "1", "--host", "h:x"],
-    ["check", "--feature", "flight"]], ids=" ".join)
+    ["check", "--feature", "flight"], ["check", "--host", ""], ["list", "--pi", "1"], ["list", "--pid", "9" * 4000],
+    ["pass", "--pid", "1", "--fd", "1", "--host", "a" * 70000],
+    ["pass", "--pid", "1", "--fd", "1", "--host", "h", "--timeout", "inf"]], ids=lambda argv: " ".join(argv)[:40])
 def test_usage(by: Bystanders, argv: list[str]) -> None:
     by.refuses(argv, USAGE)
 
@@ -211,6 +214,15 @@ def test_usage(by: Bystanders, argv: list[str]) -> None:
                                      ["--app-state", "/no/file"], ["--redirect", "pigeon"]], ids=" ".join)
 def test_usage_of_pass(by: Bystanders, options: list[str]) -> None:
     by.refuses([*by.pass_argv(), *options], USAGE)
+
+
+@pytest.mark.parametrize("redirected", [">/dev/full", "| true", ">&-", "2>&-", "<&-", "2>/dev/full"])
+def test_where_words_cannot_go_the_status_still_tells_the_owner(by: Bystanders, redirected: str) -> None:
+    argv = shlex.join([COMMAND, *by.pass_argv(fd=999), "--json"])
+    done = by.here.lab.origin.run(["bash", "-c", f"{argv} {redirected}; exit ${{PIPESTATUS[0]}}"], check=False)
+    assert done.returncode == REFUSED
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
 
 
 def test_passes_that_do_not_exist(by: Bystanders) -> None:
@@ -225,7 +237,7 @@ def test_passes_that_do_not_exist(by: Bystanders) -> None:
 
 def test_without_privileges(by: Bystanders) -> None:
     environment = {**os.environ, **by.here.lab.origin.environment()}
-    for argv in (by.pass_argv(), ["check"]):
+    for argv in (by.pass_argv(), ["check"], ["list"], ["passes"], ["resolve"], ["release"]):
         done = subprocess.run([sys.executable, "-c", "import os, sys; os.setgroups([]); os.setgid(65534); "
                                "from criu_tcpcp.cli import main; main.parser(); os.setuid(65534); "
                                "sys.exit(main.main(sys.argv[1:]))", *argv],
