@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .core import tcp
 from .core.endpoint import Flow
@@ -98,7 +98,7 @@ def connections(pid: int | None = None) -> Iterator[Connection]:
                 except (KernelError, Refused):
                     continue
                 if isinstance(result, Connection):
-                    yield result
+                    yield _but_for_a_local_peer(result)
         finally:
             os.close(pidfd)
 
@@ -176,6 +176,15 @@ def _upper_protocol(sock: socket.socket) -> str:
         if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN):
             return ""
         raise
+
+
+def _but_for_a_local_peer(connection: Connection) -> Connection:
+    if connection.why_not is None:
+        try:
+            refuse_local_peer(connection)
+        except Refused as error:
+            return replace(connection, why_not=error.message, hint=error.hint)
+    return connection
 
 
 def refuse_local_peer(connection: Connection) -> None:

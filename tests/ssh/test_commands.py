@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -71,6 +73,25 @@ def test_from_list_to_release() -> None:
         assert destination.run([COMMAND, "release", report["id"]]).stdout == f"released {report['id']} (destination)\n"
         assert destination.run([COMMAND, "release", report["id"]]).stdout == "nothing to release\n"
         assert here.release() == []
+
+
+def test_a_connection_to_the_host_itself_is_not_passable() -> None:
+    with conversation(register=False, captured=False) as (here, _peer):
+        origin = here.lab.origin
+        program = origin.spawn([sys.executable, "-c", f"""if True:
+            import socket, time
+            listener = socket.create_server(({str(origin.ipv4)!r}, 0))
+            one = socket.create_connection(listener.getsockname())
+            two = listener.accept()
+            print(flush=True)
+            time.sleep(1000)
+        """], stdout=subprocess.PIPE)
+        assert program.stdout is not None
+        program.stdout.readline()
+        listed = origin.run([COMMAND, "list", "--json", "--pid", str(program.pid)]).stdout
+        ends = [row for row in map(json.loads, listed.splitlines()) if row["peer"]]
+        assert len(ends) == 2
+        assert all("is on the origin host itself" in row["why_not"] for row in ends)
 
 
 def test_the_report_for_people() -> None:
