@@ -256,7 +256,7 @@ def test_a_run_directory_that_cannot_be(by: Bystanders) -> None:
 def test_a_full_disk(by: Bystanders, side: str, limit: int) -> None:
     """As a file size limit: a write fails in the middle (EFBIG)."""
     here = by.here
-    argv = [COMMAND, *by.pass_argv(), "--app-state", sys.executable]
+    argv = [COMMAND, *by.pass_argv(), "--app-state", __file__]
     if side == "origin":
         argv = ["prlimit", f"--fsize={limit}", *argv]
     else:
