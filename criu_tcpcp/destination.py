@@ -24,6 +24,7 @@ from .core.messages import Message, Stage
 from .core.options import OptionValue
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
 from .core.state import ConnectionState
+from .executor import event_of
 from .journal import Journal
 from .kernel import repair, routing, sockdiag, sockopt
 from .kernel.rawpacket import Injector
@@ -141,8 +142,7 @@ class Destination:
         return self.received(message)
 
     def received(self, message: Message) -> Event:
-        if getattr(message, "pass_id", None) != self.journal.pass_id:
-            raise ProtocolError("the origin speaks of another pass")
+        event = event_of(message, self.journal.pass_id)
         match message:
             case messages.Prepare():
                 if not secrets.compare_digest(message.nonce, self.nonce):
@@ -155,10 +155,7 @@ class Destination:
                 self._elapsed_ms = message.elapsed_ms
             case messages.Abort():
                 self._reason = message.reason
-        try:
-            return Event(type(message).__name__)
-        except ValueError:
-            raise ProtocolError(f"unexpected {type(message).__name__}") from None
+        return event
 
     def perform(self, action: Action) -> Event | None:
         return self._ACTIONS[action](self)
@@ -203,7 +200,7 @@ class Destination:
         self.journal.write("prepared")
 
     def _send_prepared(self) -> None:
-        self._wire.send(messages.Prepared(self.journal.pass_id, [list(step) for step in self.steps]))
+        self._wire.send(messages.Prepared(self.journal.pass_id))
 
     def _check_target(self) -> None:
         """The last moment to refuse: the program that is to have the connection is still there."""

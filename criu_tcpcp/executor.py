@@ -21,12 +21,23 @@ from typing import Generic, Protocol, TypeVar
 
 from .core.errors import LinkError, ProtocolError, TcpcpError
 from .core.handoff import BEST_EFFORT, Action, Event, IllegalEvent, Machine, State
+from .core.messages import Message
 
 StateIn = TypeVar("StateIn", contravariant=True)
 
 
 class GaveUp(Exception):
     """A side has tried often enough (RECONNECT): the machine rests where it is."""
+
+
+def event_of(message: Message, pass_id: str) -> Event:
+    """What the other side's message means to the machine of this pass. ProtocolError for one that means nothing."""
+    if getattr(message, "pass_id", None) != pass_id:
+        raise ProtocolError("the other side speaks of another pass")
+    try:
+        return Event(type(message).__name__)
+    except ValueError:
+        raise ProtocolError(f"unexpected {type(message).__name__}") from None
 
 
 class Side(Protocol[StateIn]):

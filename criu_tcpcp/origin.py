@@ -50,7 +50,7 @@ from .core.messages import (
 )
 from .core.messages import Refused as RefusedMessage
 from .core.state import ConnectionState
-from .executor import GaveUp
+from .executor import GaveUp, event_of
 from .greeting import greet
 from .holding import Holding
 from .inventory import Connection
@@ -283,16 +283,12 @@ class Origin:
                     wire.read_available()
 
     def _received(self, message: Message) -> Event:
-        if getattr(message, "pass_id", None) != self.journal.pass_id:
-            raise ProtocolError("the destination speaks of another pass")
+        event = event_of(message, self.journal.pass_id)
         if isinstance(message, Active):
             self.active = message
         if isinstance(message, (Aborted, Lost)):
             self.last_reason = message.reason
-        try:
-            return Event(type(message).__name__)
-        except ValueError:
-            raise ProtocolError(f"unexpected {type(message).__name__}") from None
+        return event
 
     def perform(self, action: Action) -> Event | None:
         return self._ACTIONS[action](self)
@@ -574,9 +570,6 @@ class Origin:
     def namespace(self) -> int:
         """The origin process's network namespace, for `netns.enter`."""
         return self._namespace
-
-    def diagnosis(self) -> str:
-        return self._link.diagnosis() if self._link is not None else ""
 
     def _need_wire(self) -> Wire:
         if self._wire is None:

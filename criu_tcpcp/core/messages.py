@@ -104,7 +104,6 @@ class Prepare(Message):
 class Prepared(Message):
     kind = 6
     pass_id: str
-    steps: list[Any]
 
 
 @dataclass(frozen=True)
