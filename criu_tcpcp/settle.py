@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +101,7 @@ def _plain(flow: Flow) -> Flow:
 
 
 @contextlib.contextmanager
-def _namespace_of(journal: Journal):  # type: ignore[no-untyped-def]
+def _namespace_of(journal: Journal) -> Iterator[None]:
     """The network namespace in which the rules of this side stand: the origin process's, if that is still there."""
     intent = journal.field("intent")
     if intent is not None:
@@ -337,15 +338,10 @@ def _undo_staged(journal: Journal) -> None:
     if staged is not None and not _in_use_by_another(journal):
         flow = Flow.from_json(staged["flow"])
         with host_rules(flow.ip_version) as rules:
-            _undo_destination(rules, flow)
+            if not rules.is_moved(flow):  # passed away before: its fence stays, since packets still come by
+                rules.unfence(flow)
+            DivertAtDestination().undo(rules, flow)
     journal.remove()
-
-
-def _undo_destination(rules: HostRules, flow: Flow) -> None:
-    """A host that has passed the connection away before keeps its fence: packets still come by."""
-    if not rules.is_moved(flow):
-        rules.unfence(flow)
-    DivertAtDestination().undo(rules, flow)
 
 
 def _sweep(rules: HostRules, version: int) -> None:

@@ -58,13 +58,6 @@ class Flow:
     def socket_family(self) -> int:
         return socket.AF_INET6 if self.mapped or self.ip_version == 6 else socket.AF_INET
 
-    def socket_address(self, end: Endpoint) -> tuple[Any, ...]:
-        """The tuple that `socket.bind` and `connect` take for `end` on a socket of `socket_family`."""
-        if self.socket_family == socket.AF_INET:
-            return (str(end.address), end.port)
-        text = f"::ffff:{end.address}" if self.mapped else str(end.address)
-        return (text, end.port, 0, self.scope_id)
-
     def __str__(self) -> str:
         return f"{self.local} <-> {self.peer}"
 

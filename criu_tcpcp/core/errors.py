@@ -82,26 +82,6 @@ class JournalError(TcpcpError):
     """The run directory cannot be written or read."""
 
 
-class RolledBack(TcpcpError):
-    """The pass began and was undone: the origin process has its connection, working."""
-
-    exit_code = ExitCode.ROLLED_BACK
-
-
-class Unclean(TcpcpError):
-    """The connection lives at the destination, but something was left behind at one side."""
-
-    exit_code = ExitCode.UNCLEAN
-    owner = Owner.DESTINATION
-
-
-class ConnectionLost(TcpcpError):
-    """Neither side has the connection any more."""
-
-    exit_code = ExitCode.LOST
-    owner = Owner.NONE
-
-
 class InDoubt(TcpcpError):
     """The commit was sent, and its answer has not arrived: only the destination's journal knows."""
 

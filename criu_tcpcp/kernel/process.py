@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..core.errors import KernelError, Refused
+from ..core.errors import Refused
 from .syscalls import failing
 
 
@@ -116,11 +116,3 @@ def open_namespace(pid: int) -> int:
     """A descriptor of the process's network namespace: it stays valid when the process ends."""
     with failing(f"open {network_namespace(pid)}"):
         return os.open(network_namespace(pid), os.O_RDONLY | os.O_CLOEXEC)
-
-
-def same_network(pid: int) -> bool:
-    """The process is in this thread's network namespace."""
-    try:
-        return os.stat(network_namespace(pid)).st_ino == os.stat("/proc/thread-self/ns/net").st_ino
-    except OSError as error:
-        raise KernelError(f"stat {network_namespace(pid)}", error.errno or 0, str(error)) from error
