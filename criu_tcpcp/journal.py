@@ -31,6 +31,9 @@ Verdict = Literal["committed", "aborted"]
 ORIGIN: Side = "origin"
 DESTINATION: Side = "destination"
 
+#: The last record of an origin's journal while the pass's end is not known.
+UNSETTLED = ("offered", "let go", "committed")
+
 _ID = re.compile(r"[0-9a-f]{16}")
 _LOG_LIMIT = 1 << 20
 _STATE_LIMIT = 1 << 31
@@ -257,7 +260,7 @@ def _unsettled(flow: dict[str, Any]) -> Journal | None:
     still has to do here would hit the connection's next life."""
     for journal in all_journals():
         last = journal.records()[-1:]
-        if journal.side == ORIGIN and last and last[0]["record"] in ("offered", "committed") \
+        if journal.side == ORIGIN and last and last[0]["record"] in UNSETTLED \
                 and last[0]["boot"] == boot_id() and any(one.get("flow") == flow for one in journal.records()):
             return journal
     return None

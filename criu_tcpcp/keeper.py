@@ -137,6 +137,8 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
         code = ExitCode.IN_DOUBT
         error = f"{cause}; the destination was told to take the connection and has not answered since"
         hint = f"when it can be reached again: criu-tcpcp resolve {origin.journal.pass_id}"
+        if state is OriginState.LET_GO:
+            notes.append("the origin process runs again, without this connection: it lives there, or nowhere")
     stall = origin.holding.duration_ms if origin.holding is not None else None
     plan = origin.plan
     return Report(

@@ -18,13 +18,14 @@ Order within the freeze, and why (kernel/repair.py, kernel/rules.py, kernel/grac
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from . import apps, redirect
@@ -74,6 +75,7 @@ _QUIESCE_TIMEOUT_S = 5.0
 _BELOW_EMPTY_TIMEOUT_S = 0.2
 _PROBE_TIMEOUT_S = 0.05
 _RETRY_PAUSE_S = 0.5
+_SHORTEST_ATTEMPT_S = 1.0
 _URGENT = frozenset({OriginState.PREPARING, OriginState.PREPARED, OriginState.OFFERING, OriginState.OFFERED,
                      OriginState.COMMITTED})
 _VARYING = frozenset({"SO_RCVBUF", "SO_SNDBUF"})  # tuned by the kernel all the time
@@ -82,7 +84,8 @@ _VARYING = frozenset({"SO_RCVBUF", "SO_SNDBUF"})  # tuned by the kernel all the 
 @dataclass(frozen=True)
 class Options:
     """What a pass was asked for. `idle_ms`: how long to look for a quiet instant; None takes any (`--when now`).
-    `settle_s`: how long to ask the destination again before a pass is left in doubt."""
+    `settle_s`: how long to ask the destination again before a pass is left in doubt. `doubt_limit_s`: how long after
+    the offer the process may stand still in doubt; then it runs again without the connection."""
 
     into: str = "auto"
     redirect: str = "auto"
@@ -92,6 +95,7 @@ class Options:
     app_state: bytes = field(default=b"", repr=False)
     origin_sees: str = "reset"
     settle_s: float = 10.0
+    doubt_limit_s: float = 5.0
 
 
 class Origin:
@@ -136,6 +140,7 @@ class Origin:
         self._image: Image | None = None
         self._sequences = (0, 0)
         self._extracted_at_ms = 0
+        self._offered_at_ms = 0
         self._offered_boot = ""
         self._settle_until: float | None = None
         self._recovered = False
@@ -143,10 +148,13 @@ class Origin:
 
     # -- staging: everything slow, nothing stopped ---------------------------------------------------------------------
 
-    def connect(self) -> None:
+    def connect(self, within_s: float = math.inf) -> None:
         """Reach the destination. LinkError says why not; nothing was touched."""
+        target = self._target
+        if isinstance(target, Target):
+            target = replace(target, timeout_s=min(target.timeout_s, within_s))
         with netns.enter(self._home):
-            self._link = open_link(self._target)
+            self._link = open_link(target)
         self._wire = Wire(self._link.fileno(), self._link.fileno())
         self.peer_hello = greet(self._link, self._wire)
 
@@ -305,7 +313,8 @@ class Origin:
             descriptors=list(self._connection.descriptors), cookie=self._connection.cookie,
             inode=self._connection.inode, target=self._target.to_json(), host=hello.host,
             destination_boot=hello.boot_id, plan=plan.to_json(), into=staged.into,
-            origin_sees=self.options.origin_sees, settle_s=self.options.settle_s)
+            origin_sees=self.options.origin_sees, settle_s=self.options.settle_s,
+            doubt_limit_s=self.options.doubt_limit_s)
 
     def _quiesce(self) -> None:
         """A registered application stops at a clean point by itself and hands over its state."""
@@ -403,7 +412,8 @@ class Origin:
         """The last moment for the operator to change his mind, or for the command to have died."""
         if self._control is not None and select.select([self._control], [], [], 0)[0]:
             raise Refused("it was cancelled")
-        self.journal.write("offered", extracted_at_ms=self._extracted_at_ms)
+        self._offered_at_ms = _now_ms()
+        self.journal.write("offered", extracted_at_ms=self._extracted_at_ms, offered_at_ms=self._offered_at_ms)
 
     def _send_commit(self) -> None:
         self._need_wire().send(Commit(self.journal.pass_id, self._elapsed_ms()))
@@ -429,12 +439,21 @@ class Origin:
     def _end(self) -> None:
         """The old endpoint goes without a packet; the fence stays, should anything still be said in its name."""
         sock = self._sock
-        if sock is None:
+        if sock is None or not self._is_still(sock):  # ended before; the program may have connected it anew
             return
         if self.options.origin_sees == "eof":
             repair.end_as_eof(sock)
         else:
             repair.end_silently(sock)
+
+    def _is_still(self, sock: socket.socket) -> bool:
+        try:
+            return tcpinfo.flow_of(sock) == self.flow
+        except KernelError:  # ENOTCONN
+            return False
+
+    def _write_let_go(self) -> None:
+        self.journal.write("let go")
 
     def _resume(self) -> None:
         self._run_again()
@@ -459,6 +478,8 @@ class Origin:
 
     def _tell_settled(self) -> None:
         """The destination keeps its verdict until it hears this, and says that it did; the link may have broken."""
+        if self._link is None:
+            return  # the operator decided without it
         try:
             self._settle()
         except LinkError:
@@ -524,15 +545,22 @@ class Origin:
     # -- after a failure: ask again ------------------------------------------------------------------------------------
 
     def _reconnect(self) -> Event | None:
-        """A new link to the destination; GaveUp after `settle_s`, with the pass in doubt."""
+        """A new link to the destination; GaveUp after `settle_s`, with the pass in doubt. OVERDUE, once, where it was
+        asked in vain and the process has stood still for `doubt_limit_s`: no attempt takes longer than that leaves."""
+        asked = self._settle_until is not None
         if self._settle_until is None:
             self._settle_until = time.monotonic() + self.options.settle_s
         else:
             time.sleep(_RETRY_PAUSE_S)
+        overdue_in_s = math.inf
+        if self._machine_state is OriginState.DOUBT:
+            overdue_in_s = self.options.doubt_limit_s - (_now_ms() - self._offered_at_ms) / 1000
+            if asked and overdue_in_s <= 0:
+                return Event.OVERDUE
         if time.monotonic() > self._settle_until:
             raise GaveUp
         self._close_link()
-        self.connect()
+        self.connect(within_s=max(overdue_in_s, _SHORTEST_ATTEMPT_S))
         if self.peer_hello is not None and self._offered_boot and self.peer_hello.boot_id != self._offered_boot:
             return Event.REBOOTED
         return None
@@ -591,12 +619,14 @@ class Origin:
         if intent is None or offered is None:
             raise ProtocolError(f"the journal of pass {journal.pass_id} does not say that it was offered")
         origin = cls(journal, connection, target_from_json(intent["target"]),
-                     Options(origin_sees=intent["origin_sees"], settle_s=settle_s),
+                     Options(origin_sees=intent["origin_sees"], settle_s=settle_s,
+                             doubt_limit_s=intent["doubt_limit_s"]),
                      process.Identity(intent["pid"], intent["start_time"]))
         origin.touched = origin._recovered = True
         origin.name = "resolve"
         origin._offered_boot = intent["destination_boot"]
         origin._extracted_at_ms = offered["extracted_at_ms"]
+        origin._offered_at_ms = offered["offered_at_ms"]
         origin.plan = redirect.Plan.from_json(intent["plan"])
         origin._redirect = redirect.origin_half(origin.plan)
         with netns.enter(origin._namespace):
@@ -613,7 +643,8 @@ class Origin:
         Action.SILENCE: _silence, Action.FENCE: _fence, Action.VERIFY: _verify, Action.WRITE_OFFERED: _write_offered,
         Action.SEND_COMMIT: _send_commit, Action.WRITE_COMMITTED: _write_committed, Action.REDIRECT: _redirect_packets,
         Action.END: _end, Action.RESUME: _resume, Action.FORGET: _forget, Action.WRITE_DONE: _write_done,
-        Action.WRITE_ABORTED: _write_aborted, Action.WRITE_LOST: _write_lost, Action.UNDO: _undo,
+        Action.WRITE_ABORTED: _write_aborted, Action.WRITE_LOST: _write_lost, Action.WRITE_LET_GO: _write_let_go,
+        Action.UNDO: _undo,
         Action.SEND_ABORT: _send_abort, Action.RECONNECT: _reconnect, Action.SEND_QUERY: _send_query,
         Action.SEND_ACTIVATE: _send_activate}
 

@@ -126,7 +126,7 @@ def _listen(control: socket.socket, progress: Progress | None) -> Report | str:
 
 def _after_keeper(record: Journal, connection: Connection, progress: Progress | None, why: str) -> Report:
     """The keeper is gone. What it wrote last says whether the connection may still be the origin's."""
-    if record.last() in ("offered", "committed"):
+    if record.last() in journal.UNSETTLED:
         if progress is not None:
             progress(f"{why}; settling the pass")
         return settle.resolve(record.pass_id)

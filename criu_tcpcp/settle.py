@@ -84,7 +84,7 @@ def _state(journal: Journal, working: bool) -> str:
         return {"settled": "active", "active": "active"}.get(last, journal.verdict() or "undecided")
     if any(record["boot"] != syscalls.boot_id() for record in journal.records()):
         return "of an earlier boot"
-    return {"offered": "in doubt", "committed": "unconfirmed", "claimed": "undone",
+    return {"offered": "in doubt", "let go": "in doubt", "committed": "unconfirmed", "claimed": "undone",
             "intent": "undone"}.get(last, last or "undone")
 
 
@@ -132,7 +132,7 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
     with journal.locked(wait=False) as mine:
         if not mine:
             raise InDoubt(f"another process is settling pass {pass_id} at this moment", hint="criu-tcpcp passes")
-        if journal.last() not in ("offered", "committed"):
+        if journal.last() not in journals.UNSETTLED:
             return settled_report(journal)
         if journal.field("offered")["boot"] != syscalls.boot_id():  # type: ignore[index]
             journal.write("lost")
@@ -146,6 +146,8 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
         state, event = OriginState.DOUBT, Event.FORCED if force_origin else Event.TIMEOUT
         if committed:
             state, event = OriginState.COMMITTED, Event.RECOVER
+        elif journal.last() == "let go":
+            state, event = OriginState.LET_GO, Event.FORCED if force_origin else Event.RECOVER
         executor = Executor(handoff.origin(state), origin, ORIGIN_FINAL)
         try:
             with netns.enter(origin.namespace):

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="take any instant, or wait up to MS (200) for one at which the program is quiet")
     parser.add_argument("--max-stall", type=int, default=500, metavar="MS",
                         help="undo the pass when it takes longer than this before the offer (default: %(default)s)")
+    parser.add_argument("--doubt-limit", type=float, default=5, metavar="S",
+                        help="where the destination does not answer the offer: let the process run again, without the "
+                             "connection, after this time (default: %(default)s)")
     parser.add_argument("--app-state", metavar="FILE|-", help="bytes for the application at the destination")
     parser.add_argument("--origin-sees", default="reset", choices=["reset", "eof"],
                         help="what the origin program reads afterwards (default: %(default)s)")
@@ -62,12 +65,19 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"into": arguments.into, "redirect": arguments.redirect, "via": arguments.via,
             "idle_ms": _idle_ms(arguments.when), "max_stall_ms": _positive("--max-stall", arguments.max_stall),
-            "app_state": _app_state(arguments.app_state), "origin_sees": arguments.origin_sees}
+            "app_state": _app_state(arguments.app_state), "origin_sees": arguments.origin_sees,
+            "doubt_limit_s": _not_negative("--doubt-limit", arguments.doubt_limit)}
 
 
 def _positive(name: str, value: int) -> int:
     if value <= 0:
         raise UsageError(f"{name} {value} is no time at all")
+    return value
+
+
+def _not_negative(name: str, value: float) -> float:
+    if not 0 <= value < 1e9:
+        raise UsageError(f"{name} {value:g} is not a number of seconds")
     return value
 
 

@@ -15,6 +15,8 @@ Rules that the tables keep:
   * The destination can hear and speak before it says Committed: what the origin then releases must not be dropped.
   * The destination leaves repair only after COMMITTED is written; it says Aborted only after ABORTED is written.
   * The origin forgets the state only on Active.
+  * Doubt costs one connection, not the server: when it lasts, the origin process runs again with that descriptor dead
+    (OVERDUE). That is written first; from then on the connection lives at the destination, or nowhere.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Event(enum.StrEnum):
     TIMEOUT = "timeout"
     REBOOTED = "rebooted"  # the destination is another boot than the one that was offered to
     FORCED = "forced"  # resolve --force-origin
-    RECOVER = "recover"  # from a journal that says committed
+    RECOVER = "recover"  # from a journal that says committed, or let go
+    OVERDUE = "overdue"  # the origin process has stood still long enough
     # messages
     PREPARE = "Prepare"
     PREPARED = "Prepared"
@@ -71,6 +74,7 @@ class Action(enum.StrEnum):
     PIN = "pin"
     SAVE_STATE = "save state"
     WRITE_OFFERED = "write offered"
+    WRITE_LET_GO = "write let go"
     SEND_COMMIT = "send commit"
     WRITE_COMMITTED = "write committed"
     REDIRECT = "redirect"
@@ -119,6 +123,8 @@ class OriginState(enum.StrEnum):
     OFFERING = "offering"
     OFFERED = "offered"
     DOUBT = "in doubt"
+    LETTING_GO = "in doubt, letting the process go"
+    LET_GO = "in doubt, the process let go"
     COMMITTED = "committed"
     UNCONFIRMED = "committed, unconfirmed"
     DONE = "done"
@@ -160,6 +166,7 @@ def _origin_table() -> _OriginTable:
     given_back = Transition(_O.ROLLED_BACK, (_A.UNDO, _A.WRITE_ABORTED, _A.FORGET))
     ask = (_A.RECONNECT, _A.SEND_QUERY)
     take_leave = (_A.WRITE_COMMITTED, _A.REDIRECT, _A.END, _A.RESUME)
+    let_go = (_A.END, _A.RESUME)
     done = (_A.FORGET, _A.WRITE_DONE)
     lost = Transition(_O.LOST, (_A.WRITE_LOST, _A.FORGET))
     table: _OriginTable = {
@@ -184,6 +191,18 @@ def _origin_table() -> _OriginTable:
         (_O.DOUBT, _E.COMMITTED): Transition(_O.UNCONFIRMED, (*take_leave, _A.SEND_ACTIVATE)),
         (_O.DOUBT, _E.ACTIVE): Transition(_O.DONE, (*take_leave, *done)),
         (_O.DOUBT, _E.LOST): Transition(_O.LOST, (*take_leave, _A.WRITE_LOST, _A.FORGET)),
+        (_O.DOUBT, _E.OVERDUE): Transition(_O.LETTING_GO, (_A.FENCE, _A.WRITE_LET_GO, *let_go)),
+        (_O.LETTING_GO, _E.DONE): Transition(_O.LET_GO, ask),
+        (_O.LETTING_GO, _E.FAILED): Transition(_O.DOUBT, ask),  # nothing was ended
+        # From here on nothing can be given back: what the destination does not have is lost.
+        (_O.LET_GO, _E.DONE): Transition(_O.LET_GO),
+        (_O.LET_GO, _E.RECOVER): Transition(_O.LET_GO, (*let_go, *ask)),
+        (_O.LET_GO, _E.COMMITTED): Transition(_O.UNCONFIRMED, (*take_leave, _A.SEND_ACTIVATE)),
+        (_O.LET_GO, _E.ACTIVE): Transition(_O.DONE, (*take_leave, *done)),
+        (_O.LET_GO, _E.ABORTED): lost,
+        (_O.LET_GO, _E.REBOOTED): lost,
+        (_O.LET_GO, _E.FORCED): lost,
+        (_O.LET_GO, _E.LOST): lost,
         (_O.UNCONFIRMED, _E.DONE): Transition(_O.UNCONFIRMED),
         (_O.UNCONFIRMED, _E.COMMITTED): Transition(_O.UNCONFIRMED, (_A.SEND_ACTIVATE,)),
         (_O.UNCONFIRMED, _E.ACTIVE): Transition(_O.DONE, done),
@@ -200,9 +219,10 @@ def _origin_table() -> _OriginTable:
     for event in (_E.FAILED, _E.LINK_LOST, _E.TIMEOUT):
         table[_O.OFFERED, event] = Transition(_O.DOUBT, ask)
         table[_O.DOUBT, event] = Transition(_O.DOUBT, ask)
+        table[_O.LET_GO, event] = Transition(_O.LET_GO, ask)
         table[_O.COMMITTED, event] = Transition(_O.UNCONFIRMED, ask)
         table[_O.UNCONFIRMED, event] = Transition(_O.UNCONFIRMED, ask)
-    for state in (_O.OFFERED, _O.DOUBT, _O.COMMITTED, _O.UNCONFIRMED):
+    for state in (_O.OFFERED, _O.DOUBT, _O.LET_GO, _O.COMMITTED, _O.UNCONFIRMED):
         table[state, _E.CANCEL] = Transition(state)  # too late: only the destination's word counts
     return table
 
@@ -261,6 +281,7 @@ DESTINATION_FINAL = frozenset({_D.ACTIVE, _D.ABORTED, _D.LOST, _D.LEFT})
 OWNER: dict[OriginState, Owner] = {
     _O.READY: Owner.ORIGIN, _O.PREPARING: Owner.ORIGIN, _O.PREPARED: Owner.ORIGIN, _O.OFFERING: Owner.ORIGIN,
     _O.ROLLED_BACK: Owner.ORIGIN, _O.OFFERED: Owner.UNKNOWN, _O.DOUBT: Owner.UNKNOWN,
+    _O.LETTING_GO: Owner.UNKNOWN, _O.LET_GO: Owner.UNKNOWN,
     _O.COMMITTED: Owner.DESTINATION, _O.UNCONFIRMED: Owner.DESTINATION, _O.DONE: Owner.DESTINATION, _O.LOST: Owner.NONE}
 
 

@@ -19,7 +19,7 @@ from attempt import Attempt, conversation, exchange, state
 from criu_tcpcp.core import handoff
 from criu_tcpcp.core.handoff import Action
 from waiting import until
-from world import COMMAND
+from world import COMMAND, World
 
 pytestmark = pytest.mark.root
 
@@ -105,14 +105,20 @@ def test_after_the_offer_the_pass_is_settled_with_one_owner(step: str, victims: 
         assert left == [], "\n".join(left)
 
 
+def cut_off(here: World, attempt: Attempt) -> None:
+    """The destination cannot be reached any more."""
+    listener = here.lab.destination.run(["ss", "-tlnpH", "sport", "=", "22"]).stdout
+    os.kill(int(listener.partition("pid=")[2].split(",")[0]), signal.SIGKILL)
+    attempt.kill("link")
+
+
 def test_in_doubt_the_process_stays_stopped_until_somebody_decides() -> None:
     """The destination cannot be asked: it never heard the commit, but the origin cannot know."""
     with conversation(register=False) as (here, peer):
         exchange(peer, b"before")
         origin, pid = here.lab.origin, here.node.process.pid
-        attempt = Attempt(here, "origin:send commit")
-        listener = here.lab.destination.run(["ss", "-tlnpH", "sport", "=", "22"]).stdout
-        os.kill(int(listener.partition("pid=")[2].split(",")[0]), signal.SIGKILL)
+        attempt = Attempt(here, "origin:send commit", "--doubt-limit", "3600")
+        cut_off(here, attempt)
         for victim in ("command", "keeper"):
             attempt.kill(victim)
         until(lambda: state(pid) == "T", "the process to stay stopped")
@@ -137,6 +143,43 @@ def test_in_doubt_the_process_stays_stopped_until_somebody_decides() -> None:
         until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
         peer.shutdown(socket.SHUT_WR)
         assert peer.recv(1) == b""
+        left = here.release()
+        assert left == [], "\n".join(left)
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["never-committed", "committed"])
+def test_doubt_costs_one_connection_and_not_the_server(heard: bool) -> None:
+    """The process runs again without the connection; what became of that, the destination says later."""
+    with conversation(register=False) as (here, peer):
+        exchange(peer, b"before")
+        origin, pid = here.lab.origin, here.node.process.pid
+        step = "destination:unfence" if heard else "origin:send commit"
+        attempt = Attempt(here, step, "--doubt-limit", "0")
+        cut_off(here, attempt)
+        if heard:
+            attempt.kill("serve")
+        attempt.go_on()
+        until(lambda: state(pid) in ("S", "R"), "the process to run again", every_s=0.02)
+        here.node.wait_for("end")  # of this connection, for the program
+        report = attempt.outcome()
+        assert report is not None
+        assert (report["owner"], report["exit"]) == ("unknown", 6)
+        assert "the origin process runs again, without this connection: it lives there, or nowhere" in report["notes"]
+        (known,) = map(json.loads, origin.run([COMMAND, "passes", "--json"]).stdout.splitlines())
+        assert (known["state"], known["rules"]) == ("in doubt", ["fenced"])
+        here.lab.destination.start_sshd()
+        settled = json.loads(origin.run([COMMAND, "resolve", "--json"], check=False).stdout)
+        if heard:
+            assert (settled["owner"], settled["exit"]) == ("destination", 0), settled
+            here.owner = here.lab.destination
+            exchange(peer, b"after")
+            peer.shutdown(socket.SHUT_WR)
+            assert peer.recv(1) == b""
+            here.node.wait_for("end")
+        else:
+            assert (settled["owner"], settled["exit"]) == ("none", 5), settled
+            assert "the connection is lost" in settled["error"]
+        until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
         left = here.release()
         assert left == [], "\n".join(left)
 

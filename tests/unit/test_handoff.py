@@ -134,8 +134,10 @@ def test_packets_are_held_and_the_program_stopped_before_anything_is_read() -> N
 def test_the_endpoint_is_ended_only_when_the_destination_has_it_and_before_the_program_runs() -> None:
     for events, actions, _state in paths(ORIGIN, Org.READY):
         if A.END in actions:
-            assert {E.COMMITTED, E.ACTIVE, E.LOST} & set(events)
-            assert actions.index(A.REDIRECT) < actions.index(A.END) < actions.index(A.RESUME)
+            assert {E.COMMITTED, E.ACTIVE, E.LOST, E.OVERDUE} & set(events)
+            before = {A.REDIRECT} if A.WRITE_COMMITTED in actions else {A.FENCE, A.WRITE_LET_GO}
+            assert before <= {*actions[:actions.index(A.END)]}
+            assert actions.index(A.END) < actions.index(A.RESUME)
         if A.RESUME in actions:
             assert A.END in actions[:actions.index(A.RESUME)]
         assert actions.count(A.END) <= 1
@@ -146,7 +148,7 @@ def test_the_state_is_forgotten_only_when_nothing_needs_it() -> None:
     for (source, event), transition in ORIGIN.items():
         if A.FORGET in transition.actions:
             assert transition.state in (Org.DONE, Org.ROLLED_BACK, Org.LOST), (source, event)
-            assert event in {E.ACTIVE, E.LOST, E.REBOOTED} or source is Org.UNCONFIRMED \
+            assert event in {E.ACTIVE, E.LOST, E.REBOOTED} or source in (Org.UNCONFIRMED, Org.LET_GO) \
                 or transition.state is Org.ROLLED_BACK
             if transition.state is not Org.ROLLED_BACK:
                 # After ACTIVE the journal may lag: asking again is answered. Payload never outlives the record.
@@ -196,6 +198,7 @@ class World:
     up_o: bool = True
     up_d: bool = True
     offered: bool = False
+    let_go: bool = False  # written, that the process runs again without the connection
     fenced: bool = False
     ended: bool = False
     verdict: str = ""
@@ -252,6 +255,8 @@ def step_o(world: World, table: dict[Any, Any]) -> World:
         world = replace(world, fenced=True)
     elif action is A.WRITE_OFFERED:
         world = replace(world, offered=True)
+    elif action is A.WRITE_LET_GO:
+        world = replace(world, let_go=True)
     elif action is A.UNDO:
         world = replace(world, fenced=False)
     elif action is A.END:
@@ -298,6 +303,8 @@ def after(world: World, origin: dict[Any, Any], destination: dict[Any, Any]) -> 
             yield feed_o(world, E.LINK_LOST, origin)
         elif world.origin not in ORIGIN_FINAL:
             yield feed_o(world, E.TIMEOUT, origin)
+        if (world.origin, E.OVERDUE) in origin:
+            yield feed_o(world, E.OVERDUE, origin)
     if world.up_d and not world.todo_d:
         if world.to_d:
             yield feed_d(replace(world, to_d=world.to_d[1:]), world.to_d[0], destination)
@@ -310,7 +317,9 @@ def after(world: World, origin: dict[Any, Any], destination: dict[Any, Any]) -> 
         yield replace(world, linked=False, to_d=(), breaks=world.breaks + 1)
     if world.up_o and world.crashes_o < 1 and world.origin is not Org.READY:
         crashed = replace(world, crashes_o=world.crashes_o + 1, todo_o=(), to_o=(), linked=False)
-        if world.offered:  # recovery, from the journal: in doubt, until the destination says what is
+        if world.let_go:
+            yield feed_o(replace(crashed, origin=Org.LET_GO), E.RECOVER, origin)
+        elif world.offered:  # recovery, from the journal: in doubt, until the destination says what is
             yield feed_o(replace(crashed, origin=Org.DOUBT), E.LINK_LOST, origin)
         else:  # the kernel undoes what the keeper's tables did; a fence that is not offered is swept
             yield replace(crashed, origin=Org.ROLLED_BACK, fenced=False)
@@ -360,14 +369,22 @@ def test_when_the_origin_rests_the_connection_has_exactly_one_owner(worlds: set[
             assert world.origin_answers
             assert not world.active
             assert world.verdict != "committed"
+            assert not world.let_go
+
+
+def test_what_the_process_was_let_go_without_never_comes_back(worlds: set[World]) -> None:
+    let_go = [world for world in worlds if world.let_go]
+    assert {world.origin for world in let_go} >= {Org.LET_GO, Org.LOST, Org.DONE}
+    assert not any(world.origin_answers for world in let_go)
+    assert not any(world.origin is Org.LOST and world.active for world in let_go)
 
 
 def test_the_verdict_and_the_ends_agree(worlds: set[World]) -> None:
     for world in worlds:
         if world.verdict == "aborted":
             assert not world.active
-            assert not world.ended
-        if world.ended or world.active:
+            assert not world.ended or world.let_go
+        if (world.ended and not world.let_go) or world.active:
             assert world.verdict == "committed"
 
 
