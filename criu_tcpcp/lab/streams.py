@@ -25,6 +25,7 @@ _STAMP = struct.Struct("<Q")
 _SHORT = 4096
 _PROBE = 512            # bytes after a fault that must be there to tell what happened
 _LOOKAHEAD = 2 * BLOCK  # how far a moved piece is followed
+_SURE = 2 * STRIDE + 24  # bytes in which `_locate` finds a stamp if it can
 
 
 @functools.lru_cache(maxsize=16)
@@ -181,8 +182,8 @@ class Checker:
         if found < at:
             return Fault("duplicated", at, at - found)
         run = self._run(tail, found)
-        if run >= len(tail) - STRIDE and not final and len(tail) < _LOOKAHEAD:
-            return None         # nothing but the later bytes so far: the expected ones may still come
+        if run >= len(tail) - _SURE and not final and len(tail) < _LOOKAHEAD:
+            return None         # nothing but the later bytes so far, or too little behind them to tell what it is
         if run < len(tail) and self._follows(tail[run:], at, at + STRIDE):
             return Fault("reordered", at, found - at)
         return Fault("lost", at, found - at)
