@@ -102,6 +102,7 @@ class Destination:
         self._graft = graft.find(self._into, flow)
         self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local)
         self._make_rules()
+        self.journal.draft("committed")
 
     def _make_rules(self) -> None:
         self._rules = HostRules(self.flow.ip_version)

@@ -99,6 +99,7 @@ class Journal:
         self.pass_id = pass_id
         self.side = side
         self.directory = run_directory() / "passes" / f"{pass_id}.{side}"
+        self._drafts: dict[Verdict, str] = {}
 
     def create(self) -> None:
         """Make the directory. JournalError where it is there already: an id is used once."""
@@ -176,21 +177,33 @@ class Journal:
 
     # -- the commit point ---------------------------------------------------------------------------------------------
 
-    def decide(self, wanted: Verdict) -> Verdict:
-        """Write the verdict unless one is written; returns the one that stands. JournalError: none could be written."""
-        candidate = self.directory / f".verdict.{os.getpid()}"
+    def draft(self, verdict: Verdict) -> None:
+        """Write what `decide` then only has to rename: it takes time, and space that may be gone by then."""
+        path = str(self.directory / f".{verdict}.{os.getpid()}")
         with _explained("write the verdict"):
-            descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
-                text = wanted.encode()
+                text = verdict.encode()
                 if os.write(descriptor, text) != len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(candidate))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            except OSError:
+                os.unlink(path)
+                raise
             finally:
                 os.close(descriptor)
+        self._drafts[verdict] = path
+
+    def decide(self, wanted: Verdict) -> Verdict:
+        """Write the verdict unless one is written; returns the one that stands. JournalError: none could be written."""
+        if wanted not in self._drafts:
+            self.draft(wanted)
+        candidate = self._drafts.pop(wanted)
+        with _explained("write the verdict"):
             try:
-                rename_no_replace(str(candidate), str(self.directory / "verdict"))
+                rename_no_replace(candidate, str(self.directory / "verdict"))
             except KernelError as error:
-                os.unlink(candidate)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(candidate)
                 if error.errno != errno.EEXIST:
                     raise OSError(error.errno, os.strerror(error.errno), str(self.directory)) from error
             else:

@@ -157,7 +157,7 @@ def test_payload_is_kept_once_and_forgotten(made: Journal) -> None:
 def test_a_planted_verdict_does_not_lead_elsewhere(made: Journal, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
-    (made.directory / f".verdict.{os.getpid()}").symlink_to(victim)
+    (made.directory / f".committed.{os.getpid()}").symlink_to(victim)
     with pytest.raises(JournalError):
         made.decide("committed")
     assert victim.read_bytes() == b"precious"
