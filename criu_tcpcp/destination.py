@@ -236,8 +236,7 @@ class Destination:
             raise Refused("the pass was not staged")
         if sock is not None and self._written is None:
             self._restorer(sock).run(clock_steps(state, self._elapsed_ms))
-        rules.unfence(self.flow)
-        rules.stay(self.flow, self._moves)  # if this host had passed the connection away, it comes home
+        rules.take_over(self.flow, self._moves)  # if this host had passed the connection away, it comes home
 
     def _activate(self) -> None:
         """Alive, and the application's. May be done again after an interruption: what is done already is left out."""

@@ -257,6 +257,12 @@ class Table:
         self._run(f"add to {set_name}",
                   self._part(_NEWELEM, F_CREATE, text(1, self.name), text(2, set_name), nested(3, *items)))
 
+    def remove_all(self, set_names: Iterable[str], flow: Flow) -> None:
+        """Remove a connection from several sets in which it is, in one transaction; KernelError where it is not."""
+        items = nested(3, nested(1, _value(1, element_key(flow))))
+        self._run("remove a connection", *(self._part(_DELELEM, 0, text(1, self.name), text(2, name), items)
+                                           for name in set_names))
+
     def remove(self, set_name: str, flow: Flow) -> bool:
         """Remove a connection from a set; False where it was not there.
 
@@ -264,10 +270,8 @@ class Table:
         (net/netfilter/nf_tables_api.c, __nf_tables_abort)."""
         if not self.contains(set_name, flow):
             return False
-        item = nested(1, _value(1, element_key(flow)))
         try:
-            self._run(f"remove from {set_name}",
-                      self._part(_DELELEM, 0, text(1, self.name), text(2, set_name), nested(3, item)))
+            self.remove_all([set_name], flow)
         except KernelError as error:
             if netlink.is_missing(error):
                 return False

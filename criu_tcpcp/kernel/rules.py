@@ -192,15 +192,26 @@ class HostRules:
         self._add(_moved_component(self.version, nexthop, interface), flow)
 
     def moves_of(self, flow: Flow) -> list[str]:
-        """The sets that say where it goes, for `stay`: each behind its `_closing` one, which a FIN may put it into at
+        """The sets that say where it goes: each behind its `_closing` one, which a FIN may put it into at
         any time, and which would put it back into the first."""
         return [part for name in self._table.set_names() if name.startswith(_MOVED) and not name.endswith("_closing")
                 and self._table.contains(name, flow) for part in (f"{name}_closing", name)]
 
-    def stay(self, flow: Flow, names: Iterable[str] | None = None) -> bool:
-        """No longer moved anywhere. `names`: the result of `moves_of`, where time matters."""
-        found = [self._table.remove(name, flow) for name in (self.moves_of(flow) if names is None else names)]
+    def stay(self, flow: Flow) -> bool:
+        """No longer moved anywhere."""
+        found = [self._table.remove(name, flow) for name in self.moves_of(flow)]
         return any(found)
+
+    def take_over(self, flow: Flow, names: Iterable[str]) -> None:
+        """`unfence` a connection that is fenced, and `stay`, at once. `names`: the result of `moves_of`."""
+        here = [_FENCED, *(name for name in names if self._table.contains(name, flow))]
+        try:
+            self._table.remove_all(here, flow)
+        except KernelError as error:
+            if not netlink.is_missing(error):
+                raise
+            self.unfence(flow)
+            self.stay(flow)
 
     def is_moved(self, flow: Flow) -> bool:
         return bool(self.moves_of(flow))
