@@ -23,7 +23,7 @@ from .core.handoff import DESTINATION_FINAL, Event
 from .destination import Destination
 from .executor import Executor, without_garbage_collection
 from .journal import Journal, prepare_run_directory
-from .kernel import netns, syscalls
+from .kernel import netns, process, syscalls
 from .settle import stands_here, sweep_host
 from .transport.wire import Wire
 
@@ -91,11 +91,15 @@ def _pass(stage: messages.Stage, wire: Wire) -> None:
         held.enter_context(contextlib.closing(side))
         held.enter_context(without_garbage_collection())
         wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into))
-        syscalls.go_first()
+        carrier = process.carrier()
+        chain = [None] if carrier is None else [None, carrier]  # a message is as slow as the slowest that hands it on
+        for pid in chain:
+            syscalls.go_first(pid)
         try:
             _run(side)
         finally:
-            syscalls.go_along()
+            for pid in chain:
+                syscalls.go_along(pid)
 
 
 def _answer(query: messages.Query, wire: Wire) -> None:

@@ -54,6 +54,17 @@ def _stat(pid: int | str) -> list[str] | None:
         return None
 
 
+def carrier() -> int | None:
+    """The nearest ancestor that is an sshd, which carries what this process says; None without one."""
+    pid = os.getppid()
+    while pid > 1:
+        if name(pid).startswith("sshd"):
+            return pid
+        fields = _stat(pid)
+        pid = int(fields[1]) if fields is not None else 0
+    return None
+
+
 def name(pid: int) -> str:
     """The process's own name for itself, made printable."""
     try:

@@ -84,20 +84,22 @@ def name_process(name: str) -> None:
     check("prctl(PR_SET_NAME)", libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0))
 
 
-def go_first() -> None:
-    """Let all threads of this process, and what they start, run before ordinary ones (sched(7), SCHED_RR): on a busy
-    host a freeze of milliseconds would otherwise last as long as others please. Where that is not allowed, it stays
-    as it is."""
-    _schedule(os.SCHED_RR, 1)
+def go_first(pid: int | None = None) -> None:
+    """Let all threads of this process (or another), and what they start, run before ordinary ones (sched(7), SCHED_RR):
+    on a busy host a freeze of milliseconds would otherwise last as long as others please. Where that is not allowed, it
+    stays as it is."""
+    with contextlib.suppress(OSError):  # it has ended
+        _schedule(os.SCHED_RR, 1, pid)
 
 
-def go_along() -> None:
+def go_along(pid: int | None = None) -> None:
     """Take `go_first` back."""
-    _schedule(os.SCHED_OTHER, 0)
+    with contextlib.suppress(OSError):
+        _schedule(os.SCHED_OTHER, 0, pid)
 
 
-def _schedule(policy: int, priority: int) -> None:
-    for thread in os.listdir("/proc/self/task"):
+def _schedule(policy: int, priority: int, pid: int | None = None) -> None:
+    for thread in os.listdir(f"/proc/{pid or 'self'}/task"):
         with contextlib.suppress(OSError):
             os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
 
