@@ -68,7 +68,6 @@ from .transport.target import LocalTarget, Target, target_from_json
 from .transport.wire import Wire
 
 STATE_FILE = "state"
-_STOP_TIMEOUT_S = 0.25
 _ANSWER_TIMEOUT_S = 3.0
 _STAGE_TIMEOUT_S = 15.0
 _QUIESCE_TIMEOUT_S = 5.0
@@ -334,7 +333,7 @@ class Origin:
         deadline = time.monotonic() + (idle_ms or 0) / 1000
         while True:
             tracee = Tracee(self.identity.pid)
-            tracee.stop(_STOP_TIMEOUT_S)
+            tracee.stop(self.options.max_stall_ms / 1000)
             self._tracee = tracee
             busy = tracee.busy_thread() if idle_ms is not None else None
             if busy is None:
