@@ -53,7 +53,7 @@ def dry_run(here: World) -> dict[str, Any]:
 
 def measure(passes: int, version: int) -> dict[str, Any]:
     real, rehearsed = Windows(), Windows()
-    with world("rr", version=version, captured=False) as here:
+    with world("rr", version=version, captured=False, own_processors=True) as here:
         peer = Peer(here, "rr-peer", "--rate", "1000", "--until-eof", "--worst", "1000000")
         for _ in range(passes):
             rehearsed.run(lambda: dry_run(here))

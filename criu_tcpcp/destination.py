@@ -30,7 +30,7 @@ from .kernel import repair, routing, sockdiag, sockopt
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules
 from .redirect.forward import DivertAtDestination
-from .rehearsal import rehearse
+from .rehearsal import rehearse, warm_up
 from .transport.wire import Wire
 
 _PREPARED_TIMEOUT_S = 10.0
@@ -63,6 +63,7 @@ class Destination:
         self._fresh_options: dict[str, OptionValue] = {}
         self._state: ConnectionState | None = None
         self._message: messages.Prepare | messages.Activate | None = None
+        self._rehearsed: Image | None = None
         self._elapsed_ms = 0
         self._written: int | None = None
         self._delivered = False
@@ -101,8 +102,8 @@ class Destination:
             raise Refused(f"the destination has a connection {flow} already (state {used.label})")
         self._graft = graft.find(self._into, flow)
         self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local)
-        self._make_rules()
         self.journal.draft("committed")
+        self._make_rules()
 
     def _make_rules(self) -> None:
         self._rules = HostRules(self.flow.ip_version)
@@ -115,7 +116,7 @@ class Destination:
         self._injector = Injector(self.flow.ip_version, MARK)
         self._fresh_sock = self._new_socket()
         self._fresh_options = sockopt.read_all(self._fresh_sock)
-        rehearse(self.flow.ip_version)
+        self._rehearsed = rehearse(self.flow.ip_version)
 
     def _new_socket(self) -> socket.socket:
         return socket.socket(self.flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -138,9 +139,18 @@ class Destination:
     def next_event(self, timeout_s: float | None) -> Event:
         try:
             message = self._wire.receive(timeout_s)
+            while isinstance(message, messages.Imminent):
+                self._warm_up()
+                message = self._wire.receive(timeout_s)
         except LinkTimeout:
             return Event.TIMEOUT
         return self.received(message)
+
+    def _warm_up(self) -> None:
+        """The freeze has begun, and the state will be here in two milliseconds: what has to be done with it is quicker
+        when it was just done."""
+        if self._rehearsed is not None:
+            warm_up(self._rehearsed)
 
     def received(self, message: Message) -> Event:
         event = event_of(message, self.journal.pass_id)

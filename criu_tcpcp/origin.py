@@ -41,6 +41,7 @@ from .core.messages import (
     Active,
     Commit,
     Hello,
+    Imminent,
     Lost,
     Message,
     Prepare,
@@ -62,7 +63,7 @@ from .kernel.rules import MARK, HostRules
 from .kernel.timestamps import learn_ts_recent
 from .kernel.tracee import Tracee
 from .redirect.forward import DivertAtDestination
-from .rehearsal import rehearse
+from .rehearsal import rehearse, warm_up
 from .transport.link import Link, open_link
 from .transport.target import LocalTarget, Target, target_from_json
 from .transport.wire import Wire
@@ -138,6 +139,7 @@ class Origin:
         self._state: ConnectionState | None = None
         self._image: Image | None = None
         self._sequences = (0, 0)
+        self._rehearsed: Image | None = None
         self._extracted_at_ms = 0
         self._offered_at_ms = 0
         self._offered_boot = ""
@@ -191,7 +193,7 @@ class Origin:
             self._sniffer = Sniffer(self.flow)
             self._injector = Injector(self.flow.ip_version, MARK)
         self._application = self._registered_application()
-        rehearse(self.flow.ip_version)
+        self._rehearsed = rehearse(self.flow.ip_version)
 
     def _via(self) -> IPAddress:
         import ipaddress
@@ -314,6 +316,9 @@ class Origin:
             destination_boot=hello.boot_id, plan=plan.to_json(), into=staged.into,
             origin_sees=self.options.origin_sees, settle_s=self.options.settle_s,
             doubt_limit_s=self.options.doubt_limit_s)
+        self._need_wire().send(Imminent(self.journal.pass_id))
+        if self._rehearsed is not None:
+            warm_up(self._rehearsed)
 
     def _quiesce(self) -> None:
         """A registered application stops at a clean point by itself and hands over its state."""

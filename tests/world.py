@@ -81,17 +81,20 @@ def _run_directory(path: Path) -> Iterator[None]:
 
 
 class World:
-    """Origin and destination with a `lab.node` each; use `world(...)`."""
+    """Origin and destination with a `lab.node` each; use `world(...)`. `own_processors`: applications and peer do not
+    wait for the tool's processes, as on hosts of their own: they have precedence on the processors that all share."""
 
     def __init__(self, lab: Lab, kind: str = "echo", *, version: int = 4, listen: str | None = None,
                  register: bool = True, node_options: tuple[str, ...] = (),
-                 destination_options: tuple[str, ...] = (), captured: bool = True) -> None:
+                 destination_options: tuple[str, ...] = (), captured: bool = True,
+                 own_processors: bool = False) -> None:
         self.lab, self.version, self.kind = lab, version, kind
         self.clean = {host.name: leftovers(host) for host in (lab.origin, lab.destination)}
         for host in (lab.origin, lab.destination):
             with _run_directory(host.run_dir):
                 journal.prepare_run_directory()
-        common = [sys.executable, "-m", "criu_tcpcp.lab.node", "--port", str(PORT), "--kind", kind,
+        self.prefix = ["chrt", "--rr", "1"] if own_processors else []
+        common = [*self.prefix, sys.executable, "-m", "criu_tcpcp.lab.node", "--port", str(PORT), "--kind", kind,
                   *(["--register"] if register else []), *node_options]
         address = listen or ("0.0.0.0" if version == 4 else "::")
         self.nodes = {
@@ -231,7 +234,7 @@ class Peer:
     def __init__(self, here: World, *argv: str, address: str | None = None) -> None:
         name, *rest = argv
         target = address or str(here.lab.origin.address(here.version))
-        argv_ = [sys.executable, "-m", "criu_tcpcp.lab.load", name, target, str(PORT), *rest]
+        argv_ = [*here.prefix, sys.executable, "-m", "criu_tcpcp.lab.load", name, target, str(PORT), *rest]
         self.program = Program(here.lab.peer, argv_, stdin=subprocess.PIPE)
         port = int(self.program.wait_for("ready")["words"][1])
         here.knows_peer(port)

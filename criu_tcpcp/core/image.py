@@ -18,7 +18,7 @@ import json
 import socket
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from . import tcp
@@ -189,7 +189,7 @@ def _decode_stream(data: bytes) -> tuple[Any, bytes, bytes]:
 def _encode_extras(state: ConnectionState) -> bytes:
     beside = {name: value for name, value in state.options.items() if BY_NAME[name].criu is None}
     return json.dumps({"version": EXTRAS_VERSION, "scope_id": state.flow.scope_id, "ts_recent": state.ts_recent,
-                       "congestion": asdict(state.congestion), "options": beside},
+                       "congestion": vars(state.congestion), "options": beside},
                       sort_keys=True, separators=(",", ":")).encode()
 
 

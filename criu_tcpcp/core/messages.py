@@ -8,7 +8,7 @@ The conversation, origin (O) and destination (D):
 
     O->D  Hello      D->O  Hello                         versions; both are named when they differ
     O->D  Stage      D->O  Staged | Refused              everything slow, nothing stopped yet
-    O->D  Prepare    D->O  Prepared | Aborted            the state; a dormant connection
+    O->D  Imminent, then Prepare    D->O  Prepared | Aborted     the state; a dormant connection
     O->D  Commit     D->O  Committed, then Active        the commit point lies between Commit and Committed
     O->D  Abort      D->O  Aborted
     O->D  Query      D->O  Aborted | Committed | Active | Lost
@@ -199,10 +199,18 @@ class Standing(Message):
     stands: bool
 
 
+@dataclass(frozen=True)
+class Imminent(Message):
+    """Prepare follows within milliseconds, unless the origin finds no quiet instant: be awake. No answer."""
+
+    kind = 18
+    pass_id: str
+
+
 _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
-                    Activate, Lost, Settled, Ask, Standing)}
+                    Activate, Lost, Settled, Ask, Standing, Imminent)}
 #: The annotation of a field -> its JSON type, and the type of a list's elements where that is fixed.
 _TYPES: dict[str, tuple[type, type | None]] = {
     "int": (int, None), "str": (str, None), "bool": (bool, None), "list[int]": (list, int), "list[str]": (list, str),
