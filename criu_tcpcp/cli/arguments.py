@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..core.errors import Refused
+from ..core.errors import Refused, UsageError
 
 if TYPE_CHECKING:
     from ..transport.target import Target
@@ -22,6 +22,34 @@ def add_ssh_arguments(parser: argparse.ArgumentParser) -> None:
     ssh.add_argument("--remote-command", default="criu-tcpcp", metavar="CMD",
                      help="shell command line there, to which ' serve' is appended (default: %(default)s)")
     ssh.add_argument("--timeout", type=float, default=10, metavar="S", help="for the connection (default: %(default)s)")
+
+
+def add_freeze_arguments(parser: argparse.ArgumentParser) -> None:
+    """When the program may be stopped, for how long, and what it sees afterwards."""
+    parser.add_argument("--when", default="idle", metavar="now|idle[:MS]",
+                        help="take any instant, or wait up to MS (200) for one at which the program is quiet")
+    parser.add_argument("--max-stall", type=int, default=500, metavar="MS",
+                        help="give the connection back when it takes longer than this before the offer (default: "
+                             "%(default)s)")
+    parser.add_argument("--origin-sees", default="reset", choices=["reset", "eof"],
+                        help="what the origin program reads afterwards (default: %(default)s)")
+
+
+def freeze_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those as fields of `origin.Options`. UsageError for what makes no sense."""
+    if arguments.max_stall <= 0:
+        raise UsageError(f"--max-stall {arguments.max_stall} is no time at all")
+    return {"idle_ms": _idle_ms(arguments.when), "max_stall_ms": arguments.max_stall,
+            "origin_sees": arguments.origin_sees}
+
+
+def _idle_ms(text: str) -> int | None:
+    if text == "now":
+        return None
+    kind, _, number = text.partition(":")
+    if kind != "idle" or (number and not (number.isascii() and number.isdigit())) or text.endswith(":"):
+        raise UsageError(f"--when {text!r}: now, idle, or idle:MS")
+    return int(number) if number else 200
 
 
 def process_id(text: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.errors import ExitCode, UsageError
 from . import console
-from .arguments import add_ssh_arguments, descriptor, process_id, target_of
+from .arguments import add_freeze_arguments, add_ssh_arguments, descriptor, freeze_options, process_id, target_of
 
 HELP = "pass a connection to another host"
 
@@ -23,16 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redirect", default="auto", choices=["auto", "none", "forward"],
                         help="how later packets get there (default: %(default)s)")
     parser.add_argument("--via", metavar="ADDRESS", help="the destination's address for packets (default: as SSH)")
-    parser.add_argument("--when", default="idle", metavar="now|idle[:MS]",
-                        help="take any instant, or wait up to MS (200) for one at which the program is quiet")
-    parser.add_argument("--max-stall", type=int, default=500, metavar="MS",
-                        help="undo the pass when it takes longer than this before the offer (default: %(default)s)")
+    add_freeze_arguments(parser)
     parser.add_argument("--doubt-limit", type=float, default=5, metavar="S",
                         help="where the destination does not answer the offer: let the process run again, without the "
                              "connection, after this time (default: %(default)s)")
     parser.add_argument("--app-state", metavar="FILE|-", help="bytes for the application at the destination")
-    parser.add_argument("--origin-sees", default="reset", choices=["reset", "eof"],
-                        help="what the origin program reads afterwards (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true",
                         help="reach the destination, stage everything, stop nothing, and take it all back")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -53,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = error.report
         if not arguments.json:
             if arguments.verbose:
-                _print_steps(report)
+                console.steps(report)
             raise
     if arguments.json:
         console.result_json(report.to_json())
@@ -64,30 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"into": arguments.into, "redirect": arguments.redirect, "via": arguments.via,
-            "idle_ms": _idle_ms(arguments.when), "max_stall_ms": _positive("--max-stall", arguments.max_stall),
-            "app_state": _app_state(arguments.app_state), "origin_sees": arguments.origin_sees,
-            "doubt_limit_s": _not_negative("--doubt-limit", arguments.doubt_limit)}
-
-
-def _positive(name: str, value: int) -> int:
-    if value <= 0:
-        raise UsageError(f"{name} {value} is no time at all")
-    return value
+            "app_state": _app_state(arguments.app_state),
+            "doubt_limit_s": _not_negative("--doubt-limit", arguments.doubt_limit), **freeze_options(arguments)}
 
 
 def _not_negative(name: str, value: float) -> float:
     if not 0 <= value < 1e9:
         raise UsageError(f"{name} {value:g} is not a number of seconds")
     return value
-
-
-def _idle_ms(text: str) -> int | None:
-    if text == "now":
-        return None
-    kind, _, number = text.partition(":")
-    if kind != "idle" or (number and not (number.isascii() and number.isdigit())) or text.endswith(":"):
-        raise UsageError(f"--when {text!r}: now, idle, or idle:MS")
-    return int(number) if number else 200
 
 
 def _app_state(name: str | None) -> bytes:
@@ -130,11 +109,4 @@ def _print(report: Any, verbose: bool) -> None:
     for note in report.notes:
         console.result(f"  note: {note}")
     if verbose:
-        _print_steps(report)
-
-
-def _print_steps(report: Any) -> None:
-    for side, name, milliseconds in report.steps:
-        console.result(f"  {side:<12} {name:<16} {milliseconds:8.3f} ms")
-
-
+        console.steps(report)

@@ -63,3 +63,9 @@ def table(rows: list[list[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def steps(report: Any) -> None:
+    """What was done, and how long each action took."""
+    for side, name, milliseconds in report.steps:
+        result(f"  {side:<12} {name:<16} {milliseconds:8.3f} ms")
