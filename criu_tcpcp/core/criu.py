@@ -31,6 +31,14 @@ class Messages:
     magic: dict[str, int]
 
 
+@dataclass(frozen=True)
+class DirectoryMessages:
+    """The classes of those images of a dump that say whose a connection was."""
+
+    inventory: Any
+    ids: Any
+
+
 def _import(name: str) -> Any:
     for extra in (os.environ.get("CRIU_TCPCP_PYCRIU"), None, _DEBIAN):
         added = extra is not None and extra not in sys.path
@@ -56,3 +64,11 @@ def messages() -> Messages:
              for name in ("sk_inet", "tcp_stream", "fown", "fdinfo")}
     return Messages(parts["sk_inet"].inet_sk_entry, parts["tcp_stream"].tcp_stream_entry, parts["fown"].fown_entry,
                     parts["fdinfo"].file_entry, parts["fdinfo"].fdinfo_entry, dict(images.magic.by_name))
+
+
+@functools.cache
+def directory_messages() -> DirectoryMessages:
+    """Apart from `messages`, since these bring the classes of all architectures with them, and no pass needs them."""
+    _import("pycriu.images")
+    return DirectoryMessages(_import("pycriu.images.inventory_pb2").inventory_entry,
+                             _import("pycriu.images.core_pb2").task_kobj_ids_entry)

@@ -59,14 +59,14 @@ def encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options: 
 
 def read_inet_sk(data: bytes) -> None:
     """Read this part ahead of the rest. Raises ProtocolError as `decode` would."""
-    with _explained():
+    with explained():
         _decode_inet_sk(data, 0)
 
 
 def decode(image: Image) -> ConnectionState:
     """Inverse of `encode`. Raises ProtocolError for anything that is not an image of a passable connection."""
-    with _explained():
-        stream, received, outgoing = _decode_stream(image.tcp_stream)
+    with explained():
+        stream, received, outgoing = decode_stream(image.tcp_stream)
         extras = _decode_extras(image.extras)
         flow, tcp_state, nonblocking, options = _decode_inet_sk(image.inet_sk, extras["scope_id"])
         timestamps = bool(stream.opt_mask & tcp.OPT_TIMESTAMPS)
@@ -83,7 +83,8 @@ def decode(image: Image) -> ConnectionState:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """Whatever goes wrong in the block, an image was not one."""
     try:
         yield
     except ProtocolError:
@@ -117,10 +118,10 @@ def _decode_inet_sk(data: bytes, scope_id: int) -> tuple[Flow, TcpState, bool, t
     """(flow, TCP state, whether the descriptor does not block, the options that CRIU has fields for)."""
     if len(data) > _ENTRY_LIMIT:
         raise ProtocolError("the inet_sk_entry is too long")
-    entry = _parse(messages().inet_sk, data)
+    entry = parse_entry(messages().inet_sk, data)
     options = [(option.name, value) for option in TABLE if option.criu is not None
                and (value := _get_field(entry, option)) is not None]
-    return _flow(entry, scope_id), TcpState(entry.state), bool(entry.flags & _O_NONBLOCK), tuple(options)
+    return flow_of_entry(entry, scope_id), TcpState(entry.state), bool(entry.flags & _O_NONBLOCK), tuple(options)
 
 
 def _address_words(flow: Flow, packed: bytes) -> list[int]:
@@ -130,7 +131,8 @@ def _address_words(flow: Flow, packed: bytes) -> list[int]:
     return list(struct.unpack(f"={len(packed) // 4}I", packed))
 
 
-def _flow(entry: Any, scope_id: int) -> Flow:
+def flow_of_entry(entry: Any, scope_id: int) -> Flow:
+    """The addresses of an inet_sk_entry. ProtocolError, ValueError where it is no TCP connection."""
     if entry.family not in (socket.AF_INET, socket.AF_INET6) or entry.type != socket.SOCK_STREAM \
             or entry.proto != socket.IPPROTO_TCP:
         raise ProtocolError("the socket in the image is not TCP over IPv4 or IPv6")
@@ -145,8 +147,8 @@ def _flow(entry: Any, scope_id: int) -> Flow:
     return Flow.from_names(names[0], names[1])
 
 
-def _parse(kind: Any, data: bytes) -> Any:
-    """protobuf's Python implementation does not miss required fields by itself."""
+def parse_entry(kind: Any, data: bytes) -> Any:
+    """A message of this class. protobuf's Python implementation does not miss required fields by itself."""
     entry = kind.FromString(data)
     if not entry.IsInitialized():
         raise ProtocolError(f"a {kind.DESCRIPTOR.name} lacks required fields")
@@ -170,7 +172,8 @@ def _encode_stream(state: ConnectionState) -> bytes:
     return b"".join((head, body, state.received, state.outgoing))
 
 
-def _decode_stream(data: bytes) -> tuple[Any, bytes, bytes]:
+def decode_stream(data: bytes) -> tuple[Any, bytes, bytes]:
+    """(tcp_stream_entry, receive queue, send queue) of a tcp-stream image, ours or CRIU's."""
     kinds = messages()
     if len(data) < 12:
         raise ProtocolError("the tcp-stream image is cut short")
@@ -179,7 +182,7 @@ def _decode_stream(data: bytes) -> tuple[Any, bytes, bytes]:
         raise ProtocolError("not a tcp-stream image: wrong magic")
     if length > min(_ENTRY_LIMIT, len(data) - 12):
         raise ProtocolError("the tcp-stream image's entry is longer than the image")
-    entry = _parse(kinds.tcp_stream, data[12:12 + length])
+    entry = parse_entry(kinds.tcp_stream, data[12:12 + length])
     queues = memoryview(data)[12 + length:]
     if entry.inq_len + entry.outq_len != len(queues):
         raise ProtocolError("the queues in the tcp-stream image are not as long as it says")

@@ -1,0 +1,139 @@
+"""The files of an image directory: what is written is read again, CRIU's own are read, nonsense is refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from criu_tcpcp.core import criu, imageset
+from criu_tcpcp.core.errors import ProtocolError
+from criu_tcpcp.core.image import encode
+from criu_tcpcp.core.imageset import Owner
+from criu_tcpcp.core.state import ConnectionState
+from states import plain, states
+
+OWNER = Owner(42, "server", (7, 9))
+OPTIONS = {"SO_SNDBUF": 87040, "SO_RCVBUF": 131072, "SO_RCVTIMEO": (0, 0), "SO_SNDTIMEO": (0, 0),
+           "SO_BINDTODEVICE": "", "SO_LINGER": (0, 0)}
+STATE = plain(options=OPTIONS)
+GOOD = imageset.write(encode(STATE, 1234), 1234, OWNER, b"greeting", {"id": "x"})
+
+
+@given(states(), st.integers(1, 1 << 40), st.binary(max_size=20))
+def test_what_is_written_is_read(state: ConnectionState, inode: int, app_state: bytes) -> None:
+    files = imageset.write(encode(state, inode), inode, OWNER, app_state, {"id": "x"})
+    assert all(imageset.WANTED.fullmatch(name) for name in files)
+    (one,) = imageset.read(files)
+    assert (one.flow, one.state, one.owners) == (state.flow, state.tcp_state.label, (OWNER,))
+    assert (one.received, one.outgoing, one.app_state) == (state.received, state.outgoing, app_state)
+    assert (one.whole, one.problem) == (True, "")
+    assert imageset.about(files) == {"id": "x"}
+
+
+def by_criu(name: str, entries: list[dict[str, Any]]) -> bytes:
+    """An image as CRIU's own library makes it."""
+    file = io.BytesIO()
+    criu._import("pycriu.images").dump({"magic": name, "entries": entries}, file)
+    return file.getvalue()
+
+
+def socket_of(number: int, **changes: Any) -> dict[str, Any]:
+    return {"id": number, "ino": 0xABC + number, "family": "INET", "type": "STREAM", "proto": "TCP",
+            "state": "ESTABLISHED", "src_port": 80, "dst_port": 40000 + number, "flags": "0x2", "backlog": 0,
+            "src_addr": ["192.0.2.1"], "dst_addr": ["198.51.100.2"],
+            "fown": {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0},
+            "opts": {"so_sndbuf": 87040, "so_rcvbuf": 131072, "so_snd_tmo_sec": 0, "so_snd_tmo_usec": 0,
+                     "so_rcv_tmo_sec": 0, "so_rcv_tmo_usec": 0}, **changes}
+
+
+def plain_directory() -> dict[str, bytes]:
+    """Of a process 77 with two connections, one of which was dumped without its stream, a listener, a UDP socket, a
+    file; and a child that has one of them too."""
+    sockets = [socket_of(1), socket_of(2), socket_of(3, state="LISTEN"),
+               socket_of(4, type="DGRAM", proto="UDP", state="CLOSE")]
+    regular = {"id": 9, "flags": 0, "pos": 0, "fown": sockets[0]["fown"], "name": "/etc/hostname"}
+    stream = {"inq_len": 3, "inq_seq": 1, "outq_len": 2, "outq_seq": 2, "opt_mask": "0x0", "snd_wscale": 0,
+              "mss_clamp": 1460, "extra": {name: base64.b64encode(data).decode()
+                                           for name, data in (("inq", b"abc"), ("outq", b"de"))}}
+    ids = {"vm_id": 1, "fs_id": 1, "sighand_id": 1}
+
+    def fds(*numbers: int) -> list[dict[str, Any]]:
+        return [{"id": 9, "flags": 0, "type": "REG", "fd": 0}] + [
+            {"id": number, "flags": 0, "type": "INETSK", "fd": 10 + number} for number in numbers]
+
+    return {
+        "inventory.img": by_criu("INVENTORY", [{"img_version": 2}]),
+        "files.img": by_criu("FILES", [{"type": "REG", "id": 9, "reg": regular},
+                                       *({"type": "INETSK", "id": one["id"], "isk": one} for one in sockets)]),
+        "fdinfo-2.img": by_criu("FDINFO", fds(1, 2, 3, 4)), "fdinfo-3.img": by_criu("FDINFO", fds(1)),
+        "ids-77.img": by_criu("IDS", [{**ids, "files_id": 2}]), "ids-78.img": by_criu("IDS", [{**ids, "files_id": 3}]),
+        "tcp-stream-abd.img": by_criu("TCP_STREAM", [stream])}
+
+
+def test_a_directory_of_crius_own() -> None:
+    one, two = imageset.read(plain_directory())
+    assert str(one.flow) == "192.0.2.1:80 <-> 198.51.100.2:40001"
+    assert one.owners == (Owner(77, "", (11,)), Owner(78, "", (11,)))
+    assert (one.received, one.outgoing, one.whole, one.problem) == (b"abc", b"de", False, "")
+    assert two.owners == (Owner(77, "", (12,)),)
+    assert two.problem == "there is no tcp-stream-abe.img"
+    assert imageset.about(plain_directory()) == {}
+
+
+def test_a_directory_of_a_criu_before_files_img() -> None:
+    files = plain_directory() | {"inetsk.img": by_criu("INETSK", [socket_of(1), socket_of(3, state="LISTEN")])}
+    del files["files.img"]
+    (one,) = imageset.read(files)
+    assert (one.received, one.owners[0].pid) == (b"abc", 77)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"files.img": None}, "no files.img"), ({"files.img": b""}, "wrong magic"), ({"files.img": b"\0" * 100}, "magic"),
+    ({"files.img": GOOD["files.img"][:-1]}, "cut short"), ({"files.img": GOOD["files.img"][:10]}, "cut short"),
+    ({"files.img": GOOD["files.img"][:8] + b"\xff\xff\xff\xff" + b"x" * 99}, "cut short"),
+    ({"files.img": GOOD["files.img"][:8] + b"\x04\0\0\0" + b"\xff" * 4}, "files.img: not an image"),
+    ({"files.img": GOOD["inventory.img"]}, "wrong magic"),
+    ({imageset.OURS: b"{"}, "cannot be read"), ({imageset.OURS: b"[]"}, "cannot be read"),
+    ({imageset.OURS: b"[" * 100000}, "cannot be read"), ({imageset.OURS: b'{"version": 2}'}, "has version 2"),
+    ({imageset.OURS: b'{"version": 1, "connections": [{}]}'}, "cannot be read"),
+    ({imageset.OURS: GOOD[imageset.OURS].replace(b'"pid": 42', b'"pid": "x"')}, "wrong form")], ids=repr)
+def test_what_is_no_image_directory_is_refused(changes: dict[str, bytes | None], words: str) -> None:
+    files = {name: data for name, data in (GOOD | changes).items() if data is not None}
+    with pytest.raises(ProtocolError, match=words):
+        imageset.read(files)
+
+
+@pytest.mark.parametrize("stream", [b"", b"x" * 100, GOOD["tcp-stream-4d2.img"][:-1]], ids=repr)
+def test_a_damaged_stream_does_not_hide_the_connection(stream: bytes) -> None:
+    (one,) = imageset.read(GOOD | {"tcp-stream-4d2.img": stream})
+    assert one.flow == STATE.flow
+    assert one.problem
+    assert not one.whole
+
+
+def test_extras_that_lie_make_it_less_than_whole() -> None:
+    ours = json.loads(GOOD[imageset.OURS])
+    ours["connections"][0]["extras"]["ts_recent"] = None
+    (one,) = imageset.read(GOOD | {imageset.OURS: json.dumps(ours).encode()})
+    assert not one.whole
+    assert "timestamps" in one.problem
+
+
+@given(st.sampled_from(sorted(GOOD)), st.integers(0, 1 << 16), st.integers(0, 255), st.booleans())
+def test_damage_is_refused_or_shown(name: str, position: int, value: int, cut: bool) -> None:
+    data = bytearray(GOOD[name])
+    if cut:
+        del data[position % len(data):]
+    else:
+        data[position % len(data)] = value
+    try:
+        found = imageset.read(GOOD | {name: bytes(data)})
+    except ProtocolError:
+        return
+    assert name in (imageset.OURS, "files.img") or all(one.whole or one.problem for one in found)
