@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -28,9 +29,12 @@ from .origin import Options, Origin
 from .report import Report
 from .transport.target import LocalTarget, Target
 
+#: What a keeper is to do: `run`, or the reading of `dump`.
+Work = Callable[[socket.socket, Journal, Connection, Target | LocalTarget, Options], Report]
 
-def start(journal: Journal, connection: Connection, target: Target | LocalTarget,
-          options: Options) -> tuple[int, socket.socket]:
+
+def start(journal: Journal, connection: Connection, target: Target | LocalTarget, options: Options,
+          work: Work | None = None) -> tuple[int, socket.socket]:
     """Fork the keeper. Returns its process id and the command's end of the control stream."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -38,16 +42,16 @@ def start(journal: Journal, connection: Connection, target: Target | LocalTarget
         theirs.close()
         return pid, ours
     ours.close()
-    return _keep(theirs, journal, connection, target, options)
+    return _keep(theirs, journal, connection, target, options, work or run)
 
 
 def _keep(control: socket.socket, journal: Journal, connection: Connection, target: Target | LocalTarget,
-          options: Options) -> NoReturn:
+          options: Options, work: Work) -> NoReturn:
     """Everything the child does; nothing of it returns into the command's frames."""
     status = 1
     try:
         _become_keeper(control)
-        report = run(control, journal, connection, target, options)
+        report = work(control, journal, connection, target, options)
         _say(control, {"report": report.to_json()})
         status = 0
     except TcpcpError as error:

@@ -73,24 +73,26 @@ def pass_connection(pid: int, fd: int, host: str | Target | LocalTarget, *, prog
             raise UsageError(str(error)) from None
         connection = check(pid, fd)
         journal.prepare_run_directory()
-        report = _run(connection, target, wanted, progress)
+        report = run_keeper(Journal(journal.new_id(), journal.ORIGIN), connection, target, wanted, progress)
     except PassError:
         raise
     except TcpcpError as error:
-        raise PassError(_refused(pid, fd, error)) from error
+        raise PassError(refused(pid, fd, error)) from error
     if report.exit is not ExitCode.OK:
         raise PassError(report)
     return report
 
 
-def _refused(pid: int, fd: int, error: TcpcpError) -> Report:
+def refused(pid: int, fd: int, error: TcpcpError) -> Report:
+    """The report of what was refused before it had an id."""
     return Report(id="", owner=error.owner, exit=error.exit_code, connection=f"process {pid}, descriptor {fd}",
                   error=error.message, hint=error.hint)
 
 
-def _run(connection: Connection, target: Target | LocalTarget, options: Options, progress: Progress | None) -> Report:
-    record = Journal(journal.new_id(), journal.ORIGIN)
-    pid, control = keeper.start(record, connection, target, options)
+def run_keeper(record: Journal, connection: Connection, target: Target | LocalTarget, options: Options,
+               progress: Progress | None, work: keeper.Work | None = None) -> Report:
+    """Let a keeper do it, and wait for what comes of it; where the keeper is killed, settle what it has left."""
+    pid, control = keeper.start(record, connection, target, options, work)
     with control:
         said = _listen(control, progress)
     os.waitpid(pid, 0)
