@@ -1,6 +1,8 @@
 """`criu-tcpcp serve`: the destination's remote entry. Started over SSH, it speaks on stdin and stdout, and ends with
 them.
 
+With `images` the destination is an image directory of this host instead: `dump` starts that, over a link of its own.
+
 One process serves one link, and on it one pass after another. A new pass begins with Stage; a Query asks about an old
 one, which another serve may still be working on: then this one waits for it (the journal's lock) before it answers.
 """
@@ -13,6 +15,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from ._version import __version__
 from .core import handoff, messages
@@ -20,9 +24,11 @@ from .core.criu import messages as load_criu_messages
 from .core.endpoint import Flow
 from .core.errors import JournalError, LinkError, ProtocolError, TcpcpError
 from .core.handoff import DESTINATION_FINAL, Event
+from .core.imageset import Owner
 from .destination import Destination
 from .executor import Executor, without_garbage_collection
-from .journal import Journal, prepare_run_directory
+from .imagewriter import ImageWriter, holds_dump
+from .journal import DESTINATION, Journal, prepare_run_directory
 from .kernel import netns, process, syscalls
 from .settle import stands_here, sweep_host
 from .transport.wire import Wire
@@ -30,7 +36,15 @@ from .transport.wire import Wire
 _LOCK_TIMEOUT_S = 12.0
 
 
-def serve() -> None:
+@dataclass(frozen=True)
+class Images:
+    """The directory that takes the connection, and whose it was."""
+
+    place: Path
+    owner: Owner
+
+
+def serve(images: Images | None = None) -> None:
     """Serve the link on stdin and stdout until it ends. Raises LinkError where the link ended in the middle, and
     ProtocolError where the other side does not speak the protocol."""
     reading, writing = _claim_stdio()
@@ -46,8 +60,9 @@ def serve() -> None:
     except TcpcpError as error:
         wire.send(messages.Refused("", error.message, error.hint))
         return
-    network = netns.identity("/proc/thread-self/ns/net")
-    wire.send(messages.Hello(messages.PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(), list(network)))
+    # A directory speaks on no network: it may be on the origin host.
+    network = list(netns.identity("/proc/thread-self/ns/net")) if images is None else []
+    wire.send(messages.Hello(messages.PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(), network))
     sweep_host()
     while True:
         try:
@@ -56,13 +71,15 @@ def serve() -> None:
             return
         match message:
             case messages.Stage():
-                _pass(message, wire)
+                _pass(message, wire, images)
             case messages.Query():
-                _answer(message, wire)
+                _answer(message, wire, images)
             case messages.Settled():
-                _settled(message, wire)
+                _settled(message, wire, images)
             case messages.Ask():
-                wire.send(messages.Standing(message.pass_id, stands_here(Flow.from_json(message.flow))))
+                stands = (stands_here(Flow.from_json(message.flow)) if images is None
+                          else holds_dump(images.place, message.pass_id))
+                wire.send(messages.Standing(message.pass_id, stands))
             case messages.Abort():
                 continue  # of a pass that is over here
             case _:
@@ -80,11 +97,18 @@ def _claim_stdio() -> tuple[int, int]:
     return reading, writing
 
 
-def _pass(stage: messages.Stage, wire: Wire) -> None:
+def _pass(stage: messages.Stage, wire: Wire, images: Images | None) -> None:
+    side: Destination | ImageWriter
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(Journal(stage.pass_id, "destination").claimed(stage.flow))
-            side = Destination.staged(stage, wire)
+            journal = Journal(stage.pass_id, DESTINATION)
+            if images is None:
+                held.enter_context(journal.claimed(stage.flow))
+                side = Destination.staged(stage, wire)
+            else:
+                journal.create()
+                held.enter_context(journal.locked())
+                side = ImageWriter.staged(stage, wire, images.place, images.owner)
         except TcpcpError as error:
             wire.send(messages.Refused(stage.pass_id, error.message, error.hint))
             return
@@ -102,18 +126,21 @@ def _pass(stage: messages.Stage, wire: Wire) -> None:
                 syscalls.go_along(pid)
 
 
-def _answer(query: messages.Query, wire: Wire) -> None:
-    journal = Journal(query.pass_id, "destination")
+def _answer(query: messages.Query, wire: Wire, images: Images | None) -> None:
+    side: Destination | ImageWriter
+    journal = Journal(query.pass_id, DESTINATION)
     with _waiting_lock(journal) as mine:
         if not mine:
             return  # another serve is at work on it: no answer, the origin asks again
-        if journal.field("staged") is None:
+        if journal.field("staged" if images is None else "images") is None:
             # Never heard of, or already undone and deleted: either way nothing can commit it any more once this is
             # written; a serve that still held it dormant would find its journal gone.
             _abort_unknown(journal)
             wire.send(messages.Aborted(query.pass_id, "the destination does not have it"))
             return
-        with contextlib.closing(Destination.recovered(journal, wire)) as side:
+        side = (Destination.recovered(journal, wire) if images is None
+                else ImageWriter.recovered(journal, wire, images.owner))
+        with contextlib.closing(side):
             _run(side, Event.QUERY)
 
 
@@ -138,16 +165,19 @@ def _waiting_lock(journal: Journal) -> Iterator[bool]:
     yield True
 
 
-def _run(side: Destination, event: Event | None = None) -> None:
+def _run(side: Destination | ImageWriter, event: Event | None = None) -> None:
     executor = Executor(handoff.destination(), side, DESTINATION_FINAL)
     side.steps, side.left = executor.steps, executor.left
     executor.run(event)
 
 
-def _settled(message: messages.Settled, wire: Wire) -> None:
-    """The origin will not ask again: what remains is what `passes` shows and `release` takes away."""
-    journal = Journal(message.pass_id, "destination")
-    if journal.exists():
+def _settled(message: messages.Settled, wire: Wire, images: Images | None) -> None:
+    """The origin will not ask again: what remains is what `passes` shows and `release` takes away. Of a dump, that is
+    the origin's record."""
+    journal = Journal(message.pass_id, DESTINATION)
+    if journal.exists() and images is None:
         journal.write("settled")
+    elif journal.exists():
+        journal.remove()
     wire.send(message)
 

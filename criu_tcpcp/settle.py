@@ -23,6 +23,7 @@ from .core.messages import Ask, Standing
 from .core.tcp import PASSABLE_STATES, TcpState
 from .executor import Executor
 from .greeting import greet
+from .imagewriter import take_away_remnant
 from .inventory import Connection
 from .journal import Journal, structure_lock
 from .keeper import make_report
@@ -68,11 +69,11 @@ def passes() -> list[KnownPass]:
 
 
 def _known(journal: Journal) -> KnownPass:
-    first = journal.field("intent") or journal.field("staged") or {}
+    first = journal.field("intent") or journal.field("staged") or journal.field("images") or {}
     flow = Flow.from_json(first["flow"]) if "flow" in first else None
     with journal.locked(wait=False) as mine:
         working = not mine
-    return KnownPass(journal.pass_id, journal.side, _state(journal, working), str(flow or "?"),
+    return KnownPass(journal.pass_id, journal.side, _state(journal, working), str(flow or first.get("connection", "?")),
                      str(first.get("host", "")), tuple(_rules_of(journal, flow)), working)
 
 
@@ -257,8 +258,9 @@ class _Elsewhere:
         if journal.side != journals.ORIGIN or intent is None or journal.last() != "done":
             return None
         flow = Flow.from_json(intent["flow"])
+        dumped = _images_of(journal)
         with _namespace_of(journal), host_rules(flow.ip_version) as rules:
-            if not rules.is_moved(flow):
+            if not rules.is_moved(flow) and dumped is None:
                 return None
         all_the_same = f"criu-tcpcp release {journal.pass_id} releases it all the same"
         wire = self._wire(intent["target"])
@@ -271,6 +273,8 @@ class _Elsewhere:
             return f"{intent['host']} cannot be asked whether the connection is alive; {all_the_same}"
         if isinstance(answer, Standing) and not answer.stands:
             return None
+        if dumped is not None:
+            return f"its state lies in {dumped}, and the fence keeps this host from ending it; {all_the_same}"
         return f"its connection is alive at {intent['host']}; {all_the_same}"
 
     def _wire(self, target: dict[str, Any]) -> Wire | None:
@@ -297,12 +301,21 @@ def _remove(journal: Journal) -> None:
     if first is not None and not _others_of(first["flow"], journal):
         flow = Flow.from_json(first["flow"])
         with _namespace_of(journal), host_rules(flow.ip_version) as rules:
-            if not _alive_here(flow):
+            # What was dumped here and is alive here was made again from its images, and is not to stay fenced.
+            if not _alive_here(flow) or _images_of(journal) is not None:
                 rules.stay(flow)
                 rules.unfence(flow)
                 DivertAtDestination().undo(rules, flow)
             rules.sweep()
+    take_away_remnant(journal)
     journal.remove()
+
+
+def _images_of(journal: Journal) -> str | None:
+    """Of a dump: the directory."""
+    intent = journal.field("intent")
+    into = str(intent["into"]) if intent is not None else ""
+    return into.removeprefix("images ") if into.startswith("images ") else None
 
 
 def _others_of(flow: dict[str, Any], but: Journal) -> bool:
@@ -343,6 +356,7 @@ def _undo_staged(journal: Journal) -> None:
             if not rules.is_moved(flow):  # passed away before: its fence stays, since packets still come by
                 rules.unfence(flow)
             DivertAtDestination().undo(rules, flow)
+    take_away_remnant(journal)
     journal.remove()
 
 

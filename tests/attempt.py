@@ -19,12 +19,14 @@ from world import COMMAND, PORT, World, world
 class Attempt:
     """A pass under way, which is stopped at one step."""
 
-    def __init__(self, here: World, step: str, *extra: str) -> None:
+    def __init__(self, here: World, step: str, *extra: str, argv: list[str] | None = None) -> None:
+        """`argv`: another command than a pass to the other host; all of its processes are on the origin's."""
         self.here = here
         side, _, _action = step.partition(":")
-        environment = {"CRIU_TCPCP_STOP_AT": step} if side == "origin" else {}
+        environment = {"CRIU_TCPCP_STOP_AT": step} if side == "origin" or argv else {}
         options = [] if side == "origin" else ["--remote-command", f"env 'CRIU_TCPCP_STOP_AT={step}' {COMMAND}"]
-        self.command = here.owner.spawn(here.pass_argv(*options, *extra, "--max-stall", "10000"), env=environment,
+        self.command = here.owner.spawn(argv or here.pass_argv(*options, *extra, "--max-stall", "10000"),
+                                        env=environment,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         name = "tcpcp-keeper" if side == "origin" else "tcpcp-serve"
         until(lambda: self._stopped(name), f"{name} to stop at {step}", every_s=0.02)

@@ -18,6 +18,8 @@ from . import console
 COMMANDS: dict[str, tuple[str, bool]] = {
     "pass": ("cmd_pass", True),
     "list": ("cmd_list", False),
+    "dump": ("cmd_dump", True),
+    "show": ("cmd_show", False),
     "check": ("cmd_check", False),
     "passes": ("cmd_passes", False),
     "resolve": ("cmd_resolve", False),

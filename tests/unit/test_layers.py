@@ -24,16 +24,17 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"journal", "transport", "verify"}),
     frozenset({"apps"}),
     frozenset({"inventory", "redirect", "graft", "application", "pipeline", "policy", "rehearsal", "report", "api",
-               "holding", "greeting"}),
+               "holding", "greeting", "imagedir"}),
     frozenset({"executor"}),
-    frozenset({"origin", "destination"}),
+    frozenset({"origin", "destination", "imagewriter"}),
     frozenset({"keeper"}),
     frozenset({"settle", "features"}),
     frozenset({"serve", "passing"}),
-    frozenset({"batch", "drain"}),
+    frozenset({"batch", "drain", "dump"}),
     frozenset({"lab"}),
     frozenset({"cli"}),
-    frozenset({"__init__", "__main__"}),
+    frozenset({"__init__"}),
+    frozenset({"__main__"}),
 )
 APART = (frozenset({"origin", "destination"}),)
 #: Programs of their own, which the tests and `./dev lab` start: beside the product, not in it.
