@@ -8,13 +8,14 @@ the kernel has given it back by itself, after it the pass is settled here as `re
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
-from . import inventory, journal, keeper, settle
+from . import graft, inventory, journal, keeper, settle
 from .core.criu import messages as load_criu_messages
 from .core.errors import ExitCode, Owner, Refused, TcpcpError, UsageError
 from .inventory import Connection
@@ -39,10 +40,25 @@ def check(pid: int, fd: int) -> Connection:
     return connection
 
 
+def check_options(options: dict[str, Any]) -> Options:
+    """UsageError for what can be no option of any pass, before anything is looked at."""
+    try:
+        wanted = Options(**options)
+    except TypeError as error:
+        raise UsageError(str(error)) from None
+    graft.check_name(wanted.into)
+    if wanted.via is not None:
+        try:
+            ipaddress.ip_address(wanted.via.split("%")[0])
+        except ValueError:
+            raise UsageError(f"--via {wanted.via[:80]!r} is not an IP address") from None
+    return wanted
+
+
 def preview(connection: Connection, target: Target | LocalTarget, options: dict[str, Any]) -> dict[str, str]:
     """What a pass would use: reaches the destination and stages there and here, stops nothing, and takes all back."""
     record = Journal(journal.new_id(), journal.ORIGIN)
-    origin = Origin(record, connection, target, Options(**options))
+    origin = Origin(record, connection, target, check_options(options))
     try:
         origin.connect()
         with netns.enter(origin.namespace):
@@ -67,10 +83,7 @@ def pass_connection(pid: int, fd: int, host: str | Target | LocalTarget, *, prog
     """
     try:
         target = parse_host(host) if isinstance(host, str) else host
-        try:
-            wanted = Options(**options)
-        except TypeError as error:
-            raise UsageError(str(error)) from None
+        wanted = check_options(options)
         connection = check(pid, fd)
         journal.prepare_run_directory()
         report = run_keeper(Journal(journal.new_id(), journal.ORIGIN), connection, target, wanted, progress)

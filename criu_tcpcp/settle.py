@@ -123,13 +123,25 @@ def unsettled() -> list[Journal]:
             and _known(journal).state in ("in doubt", "unconfirmed")]
 
 
+def is_in_doubt(pass_id: str) -> bool:
+    """Of a pass of this origin. Refused where this host knows no such pass."""
+    journal = Journal(pass_id, journals.ORIGIN)
+    if not journal.exists():
+        raise _unknown(pass_id)
+    return _known(journal).state == "in doubt"
+
+
+def _unknown(pass_id: str) -> Refused:
+    return Refused(f"this host knows no pass {pass_id} as its origin", hint="criu-tcpcp passes")
+
+
 def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False) -> Report:
     """Settle one pass: ask the destination until it answers, at most `settle_s`. `force_origin` takes the connection
     back without its word: if it did commit, two hosts speak for the connection from then on, and the peer may reset
     it."""
     journal = Journal(pass_id, journals.ORIGIN)
     if not journal.exists():
-        raise Refused(f"this host knows no pass {pass_id} as its origin", hint="criu-tcpcp passes")
+        raise _unknown(pass_id)
     with journal.locked(wait=False) as mine:
         if not mine:
             raise InDoubt(f"another process is settling pass {pass_id} at this moment", hint="criu-tcpcp passes")

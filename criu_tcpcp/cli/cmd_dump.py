@@ -32,11 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         report = dump.dump_connection(arguments.pid, arguments.fd, arguments.directory,
                                       leave_running=arguments.leave_running, progress=console.progress, **options)
     except PassError as error:
-        report = error.report
-        if not arguments.json:
-            if arguments.verbose:
-                console.steps(report)
-            raise
+        if arguments.verbose and not arguments.json:
+            console.steps(error.report)
+        raise
     if arguments.json:
         console.result_json(report.to_json())
     else:

@@ -39,4 +39,5 @@ def run(arguments: argparse.Namespace) -> int:
 def _object(one: Any) -> dict[str, Any]:
     return {"pid": one.pid, "process": one.process_name, "fds": list(one.descriptors), "state": one.state.label,
             "local": str(one.flow.local) if one.flow else None, "peer": str(one.flow.peer) if one.flow else None,
-            "recv_q": one.unread, "send_q": one.unacknowledged, "passable": one.why_not is None, "why_not": one.why_not}
+            "recv_q": one.unread, "send_q": one.unacknowledged, "passable": one.why_not is None, "why_not": one.why_not,
+            "hint": one.hint}

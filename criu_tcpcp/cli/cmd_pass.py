@@ -41,15 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     target = target_of(arguments)
     options = _options(arguments)
     if arguments.dry_run:
-        return _dry_run(arguments)
+        return _dry_run(arguments, options)
     try:
         report = passing.pass_connection(arguments.pid, arguments.fd, target, progress=console.progress, **options)
     except PassError as error:
-        report = error.report
-        if not arguments.json:
-            if arguments.verbose:
-                console.steps(report)
-            raise
+        if arguments.verbose and not arguments.json:
+            console.steps(error.report)
+        raise
     if arguments.json:
         console.result_json(report.to_json())
     else:
@@ -78,13 +76,14 @@ def _app_state(name: str | None) -> bytes:
         raise UsageError(f"--app-state {name}: {error.strerror}") from None
 
 
-def _dry_run(arguments: argparse.Namespace) -> int:
+def _dry_run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     """What this host can tell beforehand; the destination is reached and asked, and nothing is stopped there or
     here."""
     from .. import passing
     from ..core import handoff
+    passing.check_options(options)
     connection = passing.check(arguments.pid, arguments.fd)
-    preview = passing.preview(connection, target_of(arguments), _options(arguments))
+    preview = passing.preview(connection, target_of(arguments), options)
     actions = [action.value for transition in (
         handoff.ORIGIN[handoff.OriginState.READY, handoff.Event.START],
         handoff.ORIGIN[handoff.OriginState.PREPARED, handoff.Event.PREPARED],

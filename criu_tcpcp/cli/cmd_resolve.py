@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..core.errors import ExitCode, TcpcpError
+from ..core.errors import ExitCode, TcpcpError, UsageError
 from . import console
 from .arguments import need_root
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", nargs="?", help="the pass (default: all that are in doubt)")
     parser.add_argument("--force-origin", action="store_true",
                         help="take the connection back without the destination's word: if it did take it, two hosts "
-                             " speak for it from then on")
+                             "speak for it from then on")
     parser.add_argument("--timeout", type=float, default=10, metavar="S",
                         help="how long to ask the destination (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object a pass")
@@ -24,10 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     need_root()
     from .. import settle
-    if arguments.force_origin:
-        if arguments.id is None:
-            from ..core.errors import UsageError
-            raise UsageError("--force-origin needs the id of one pass")
+    if arguments.force_origin and arguments.id is None:
+        raise UsageError("--force-origin needs the id of one pass")
+    if arguments.force_origin and settle.is_in_doubt(arguments.id):
         console.log("warning: taking the connection back without the destination's word; if it has committed, the "
                     "peer will hear two hosts and may reset the connection")
     ids = [arguments.id] if arguments.id else [journal.pass_id for journal in settle.unsettled()]
@@ -38,7 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
         except TcpcpError as error:
             if arguments.id:
                 raise
-            console.error(error, about_connection=False)  # the others are settled all the same
+            if arguments.json:  # the others are settled all the same
+                console.result_json({"schema": 1, "id": pass_id, "exit": int(error.exit_code),
+                                     "owner": error.owner.value, "error": error.message, "hint": error.hint})
+            else:
+                console.error(error, about_connection=False)
             codes.add(error.exit_code)
             continue
         codes.add(report.exit)

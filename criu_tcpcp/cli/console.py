@@ -33,6 +33,13 @@ def result_json(value: dict[str, Any]) -> None:
     _write(sys.stdout, json.dumps(value))
 
 
+def refusal_json(problem: TcpcpError, *, about_connection: bool) -> None:
+    """What --json prints where there is nothing else to print: the reason, and who owns the connection where one was
+    concerned (docs/command-line.md)."""
+    owner = {"owner": problem.owner.value} if about_connection else {}
+    result_json({"schema": 1, "exit": int(problem.exit_code), **owner, "error": problem.message, "hint": problem.hint})
+
+
 def progress(text: str) -> None:
     """Passing words for a person who watches; silent where nobody does."""
     if sys.stderr.isatty():
@@ -53,7 +60,8 @@ def error(problem: TcpcpError, *, about_connection: bool) -> None:
 
 
 def _emphasised(text: str) -> str:
-    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+    # https://no-color.org: any value but none
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         return f"\033[31m{text}\033[0m"
     return text
 

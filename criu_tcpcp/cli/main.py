@@ -58,14 +58,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    about_connection = False
+    words = sys.argv[1:] if argv is None else list(argv)
+    about_connection = bool(words) and COMMANDS.get(words[0], ("", False))[1]
+    as_json = "--json" in words  # also of a command line that cannot be parsed
     try:
-        arguments = parser().parse_args(argv)
-        about_connection = COMMANDS[arguments.command][1]
+        arguments = parser().parse_args(words)
         status = _module(arguments.command).run(arguments)
         return int(status)
     except TcpcpError as problem:
-        console.error(problem, about_connection=about_connection and problem.exit_code is not ExitCode.USAGE)
+        if as_json:
+            _refuse_in_json(problem, about_connection=about_connection)
+        else:
+            console.error(problem, about_connection=about_connection and problem.exit_code is not ExitCode.USAGE)
         return int(problem.exit_code)
     except KeyboardInterrupt:
         console.log("interrupted")
@@ -74,8 +78,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception as problem:  # noqa: BLE001 - a bug: one line, and a status that claims no owner
-        console.log(f"internal error, please report it: {type(problem).__name__}: {problem}")
+        text = f"internal error, please report it: {type(problem).__name__}: {problem}"
+        if as_json:
+            console.result_json({"schema": 1, "exit": _INTERNAL_ERROR, "error": text, "hint": ""})
+        else:
+            console.log(text)
         return _INTERNAL_ERROR
+
+
+def _refuse_in_json(problem: TcpcpError, *, about_connection: bool) -> None:
+    """A pass that got so far as to have a report says it all; anything else is the reason."""
+    report = getattr(problem, "report", None)
+    if report is not None:
+        console.result_json(report.to_json())
+    else:
+        console.refusal_json(problem, about_connection=about_connection)
 
 
 def entry() -> NoReturn:

@@ -36,17 +36,23 @@ class Graft(Protocol):
     def close(self) -> None: ...
 
 
+def check_name(into: str) -> None:
+    """UsageError where `--into` names no way in: known before the destination is reached."""
+    kind, colon, rest = into.partition(":")
+    if into != "auto" and not (kind == "receiver" and bool(rest) == bool(colon)):
+        raise UsageError(f"--into {into[:80]}: not a way in that this version knows", hint="auto or receiver[:PATH]")
+
+
 def find(into: str, flow: Flow) -> Graft:
     """The way that `--into` names. Refused says what is missing and what could be done; nothing is touched."""
     from . import to_receiver
+    check_name(into)
     kind, _, rest = into.partition(":")
     if kind == "receiver":
         return to_receiver.at_path(rest) if rest else to_receiver.for_port(flow.local.port)
-    if kind == "auto":
-        found = to_receiver.try_port(flow.local.port)
-        if found is not None:
-            return found
-        raise Refused(f"nothing at the destination takes connections of port {flow.local.port}",
-                      hint=f"an application there that makes criu_tcpcp.Receiver(port={flow.local.port}), or "
-                           "--into receiver:PATH")
-    raise UsageError(f"--into {into}: not a way in that this version knows", hint="auto or receiver[:PATH]")
+    found = to_receiver.try_port(flow.local.port)
+    if found is not None:
+        return found
+    raise Refused(f"nothing at the destination takes connections of port {flow.local.port}",
+                  hint=f"an application there that makes criu_tcpcp.Receiver(port={flow.local.port}), or "
+                       "--into receiver:PATH")
