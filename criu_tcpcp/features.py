@@ -1,7 +1,7 @@
 """What this host can do, tried on the real thing: each feature is one function that does it and undoes it.
 
 Kernel versions are never compared: a vendor's kernel has what it has. `check` runs them in a network namespace of its
-own, so that nothing of the host is touched.
+own, so that nothing of the host is touched; `check --host` lets the other host do the same, through its `serve`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .core.criu import messages as load_criu_messages
-from .core.errors import Refused, TcpcpError, UsageError
+from .core.errors import ProtocolError, Refused, TcpcpError, UsageError
+from .core.messages import Refused as RefusedMessage
+from .core.messages import Tried, Try
 from .greeting import greet
 from .journal import prepare_run_directory
 from .kernel import netns, repair, syscalls
@@ -26,6 +28,8 @@ from .rehearsal import rehearse
 from .transport.link import open_link
 from .transport.target import Target
 from .transport.wire import Wire
+
+_TRY_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,39 @@ def _problem(attempt: Callable[[], None]) -> str | None:
     return None
 
 
-def check_host(target: Target) -> dict[str, str]:
-    """What the other host says of itself. LinkError or Refused where it cannot be reached or does not fit."""
+@dataclass(frozen=True)
+class HostCheck:
+    """What another host says of itself."""
+
+    host: str
+    version: str
+    features: tuple[Feature, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"host": self.host, "version": self.version, "features": [one.to_json() for one in self.features]}
+
+
+def check_host(target: Target, only: str | None = None) -> HostCheck:
+    """Let the other host try the same, in a network namespace of its own. LinkError or Refused where it cannot be
+    reached or does not fit."""
     with open_link(target) as link:
-        hello = greet(link, Wire(link.fileno(), link.fileno()))
-    return {"host": hello.host, "version": hello.version}
+        wire = Wire(link.fileno(), link.fileno())
+        hello = greet(link, wire)
+        wire.send(Try(only or ""))
+        answer = wire.receive(_TRY_TIMEOUT_S)
+    if isinstance(answer, RefusedMessage):
+        raise Refused(f"{hello.host} refuses: {answer.reason}", hint=answer.hint)
+    if not isinstance(answer, Tried):
+        raise ProtocolError("the other host answered out of turn")
+    return HostCheck(hello.host, hello.version, tuple(_feature(one) for one in answer.features))
+
+
+def _feature(value: Any) -> Feature:
+    try:
+        name, meaning, required, problem = (value[key] for key in ("name", "meaning", "required", "problem"))
+    except (KeyError, TypeError):
+        raise ProtocolError("the other host described a feature in another way") from None
+    if not (type(name) is str and type(meaning) is str and type(required) is bool
+            and (problem is None or type(problem) is str)):
+        raise ProtocolError("the other host described a feature in another way")
+    return Feature(name, meaning, required, problem)

@@ -80,6 +80,8 @@ def serve(images: Images | None = None) -> None:
                 stands = (stands_here(Flow.from_json(message.flow)) if images is None
                           else holds_dump(images.place, message.pass_id))
                 wire.send(messages.Standing(message.pass_id, stands))
+            case messages.Try():
+                _try(message, wire)
             case messages.Abort():
                 continue  # of a pass that is over here
             case _:
@@ -95,6 +97,16 @@ def _claim_stdio() -> tuple[int, int]:
     os.close(null)
     sys.stdout.flush()
     return reading, writing
+
+
+def _try(message: messages.Try, wire: Wire) -> None:
+    from . import features  # a pass does not need them
+    try:
+        found = features.check(message.feature or None)
+    except TcpcpError as error:
+        wire.send(messages.Refused("", error.message, error.hint))
+        return
+    wire.send(messages.Tried([one.to_json() for one in found]))
 
 
 def _pass(stage: messages.Stage, wire: Wire, images: Images | None) -> None:

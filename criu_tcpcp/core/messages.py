@@ -15,6 +15,7 @@ The conversation, origin (O) and destination (D):
                                                          after a failure: a Query of what was not committed aborts it
     O->D  Activate   D->O  Active | Lost                 the state again, where the activation was interrupted
     O->D  Settled                                        never asked about again
+    O->D  Try        D->O  Tried | Refused               can that host take connections? (check --host)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, ClassVar
 
 from .errors import ProtocolError
 
-PROTOCOL = 1
+PROTOCOL = 2  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
@@ -203,14 +204,30 @@ class Standing(Message):
 class Imminent(Message):
     """Prepare follows within milliseconds, unless the origin finds no quiet instant: be awake. No answer."""
 
-    kind = 18
+    kind = 20
     pass_id: str
+
+
+@dataclass(frozen=True)
+class Try(Message):
+    """Try what a pass needs, at the other host. `feature`: only this one, or '' for all."""
+
+    kind = 18
+    feature: str
+
+
+@dataclass(frozen=True)
+class Tried(Message):
+    """`features`: objects as `check --json` prints them."""
+
+    kind = 19
+    features: list[Any]
 
 
 _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
-                    Activate, Lost, Settled, Ask, Standing, Imminent)}
+                    Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent)}
 #: The annotation of a field -> its JSON type, and the type of a list's elements where that is fixed.
 _TYPES: dict[str, tuple[type, type | None]] = {
     "int": (int, None), "str": (str, None), "bool": (bool, None), "list[int]": (list, int), "list[str]": (list, str),

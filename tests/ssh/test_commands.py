@@ -21,15 +21,33 @@ REPORT = {"schema", "id", "owner", "exit", "connection", "into", "redirect", "st
 def test_check_here_and_there() -> None:
     with conversation(register=False, captured=False) as (here, _peer):
         origin = here.lab.origin
-        before = leftovers(origin)
+        before, there = leftovers(origin), leftovers(here.lab.destination)
         assert origin.run([COMMAND, "check"]).stdout.splitlines()[-1] == "Looks good."
         said = origin.run([COMMAND, "check", "--json", *here.lab.ssh_options(here.lab.destination)]).stdout
         answer = json.loads(said)
         assert {one["name"] for one in answer["features"]} >= {"tcp-repair", "hold", "rules", "stop", "images"}
         assert all(one["works"] for one in answer["features"] if one["required"])
-        assert set(answer["host"]) == {"host", "version"}
+        assert set(answer["host"]) == {"host", "version", "features"}
+        assert [one["name"] for one in answer["host"]["features"]] == [one["name"] for one in answer["features"]]
+        assert all(one["works"] for one in answer["host"]["features"] if one["required"])
+        assert leftovers(here.lab.destination) == there
+        lines = origin.run([COMMAND, "check", *here.lab.ssh_options(here.lab.destination)]).stdout.splitlines()
+        assert len(lines) == 2 * len(answer["features"]) + 2
         assert origin.run([COMMAND, "check", "--feature", "tcp-repair"]).returncode == 0
         assert leftovers(origin) == before
+
+
+def test_check_tells_what_the_other_host_lacks() -> None:
+    with conversation(register=False, captured=False) as (here, _peer):
+        ssh = here.lab.ssh_options(here.lab.destination)
+        limited = f"setpriv --bounding-set -net_raw --inh-caps -net_raw {COMMAND}"
+        done = here.lab.origin.run([COMMAND, "check", *ssh, "--remote-command", limited], check=False)
+        ours, _, theirs = done.stdout.partition(": criu-tcpcp ")
+        assert "FAIL" not in ours
+        assert "  FAIL  raw-packets: " in theirs
+        assert "  ok    tcp-repair: " in theirs
+        assert "Looks good." not in done.stdout
+        assert done.returncode == 3, done
 
 
 def test_from_list_to_release() -> None:
