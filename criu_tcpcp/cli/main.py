@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .._version import __version__
 from ..core.errors import ExitCode, TcpcpError, UsageError
@@ -31,11 +31,27 @@ COMMANDS: dict[str, tuple[str, bool]] = {
 _INTERNAL_ERROR = 70  # sysexits.h, EX_SOFTWARE
 
 
+_STATUS = ("Exit status, which tells who owns the connection: 0 the destination, all done; 1 the origin, the pass was "
+           "undone; 2 usage; 3 refused, nothing was touched; 4 the destination, something could not be cleaned up; 5 "
+           "lost; 6 in doubt, run `criu-tcpcp resolve`; 7 `resolve` of several passes, which ended differently; 70 a "
+           "bug.")
+
+
 class _Parser(argparse.ArgumentParser):
     """Usage errors as one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
+
+
+class _PrintCompletion(argparse.Action):
+    """Print a shell's completion script. The library that makes it is loaded for that alone."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        from .completion import script
+        console.result(script(parser, values))
+        parser.exit()
 
 
 def _module(name: str) -> ModuleType:
@@ -45,8 +61,10 @@ def _module(name: str) -> ModuleType:
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = _Parser(prog="criu-tcpcp", description="Pass one live TCP connection from a process on this host to "
-                  "a process on another. The peer never notices.")
+                  "a process on another. The peer never notices.", epilog=_STATUS)
     top.add_argument("--version", action="version", version=f"criu-tcpcp {__version__}")
+    top.add_argument("--print-completion", action=_PrintCompletion, choices=["bash", "zsh"], metavar="SHELL",
+                     help="print a completion script for bash or zsh")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name in COMMANDS:
         module = _module(name)
