@@ -94,8 +94,11 @@ def _take(record: Journal, connection: Connection, place: Path, progress: Progre
     owner = [word for number in connection.descriptors for word in ("--fd", str(number))]
     writer = LocalTarget((sys.executable, "-m", __package__, "serve", "--images", str(place),
                           "--pid", str(connection.pid), *owner))
-    # No way leads to a directory: what still comes is dropped here, by the fence.
-    wanted = Options(into="images", redirect="none", via=str(connection.flow.local.address), **options)
+    # No way leads to a directory: what still comes is dropped here, by the fence. So there must be no next hop, which
+    # an address of the other IP version never is; the connection's own address may be on a link, if this host has the
+    # connection from its owner, and packets sent back there would go in a circle.
+    nowhere = "::1" if connection.flow.ip_version == 4 else "127.0.0.1"
+    wanted = Options(into="images", redirect="none", via=nowhere, **options)
     report = passing.run_keeper(record, connection, writer, wanted, progress)
     if report.exit in (ExitCode.ROLLED_BACK, ExitCode.REFUSED):
         settle.sweep_host()  # what a killed writer has left

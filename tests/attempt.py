@@ -81,7 +81,7 @@ def state(pid: int) -> str:
 @contextmanager
 def conversation(**options: Any) -> Iterator[tuple[World, socket.socket]]:
     with world("echo", **options) as here, here.lab.peer.enter(), \
-            socket.create_connection((str(here.lab.origin.ipv4), PORT), timeout=20) as peer:
+            socket.create_connection((str(here.lab.origin.address(here.version)), PORT), timeout=20) as peer:
         here.knows_peer(peer.getsockname()[1])
         yield here, peer
 

@@ -101,11 +101,12 @@ def test_a_connection_that_is_only_read_goes_on(tmp_path: Path, register: bool) 
         assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
 
 
-def test_a_connection_that_is_taken_lives_in_the_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_connection_that_is_taken_lives_in_the_images(tmp_path: Path, version: int) -> None:
     """The peer hears nothing until somebody makes the connection again; then it goes on, with what it had sent."""
     place = tmp_path / "images"
     place.mkdir()
-    with conversation(register=False) as (here, peer):
+    with conversation(register=False, version=version) as (here, peer):
         exchange(peer, b"before")
         origin = here.lab.origin
         report = dump(here, place)
@@ -132,6 +133,30 @@ def test_a_connection_that_is_taken_lives_in_the_images(tmp_path: Path) -> None:
         assert here.release() == []
         verdict = here.verdict(loss_free=False)  # the peer had to send again
         assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
+
+
+def test_a_connection_that_came_from_another_host_is_not_sent_back_there(tmp_path: Path) -> None:
+    with conversation(register=False) as (here, peer):
+        exchange(peer, b"before")
+        here.pass_once()
+        exchange(peer, b"after")
+        destination = here.lab.destination
+        done = destination.run(dump_argv(here, tmp_path / "images"), check=False)
+        assert done.returncode == 0, done
+        dump_id = json.loads(done.stdout)["id"]
+        known = {one["id"]: one for one in map(json.loads, destination.run([COMMAND, "passes", "--json"])
+                                               .stdout.splitlines())}
+        assert known[dump_id]["rules"] == ["fenced"]
+        here.node.wait_for("end")
+        peer.sendall(b"into the void")
+        segments = here.counters()["TcpRetransSegs"]
+        until(lambda: here.counters()["TcpRetransSegs"] > segments + 1, "the peer to send it again", every_s=0.05)
+        assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        verdict = here.verdict(loss_free=False)
+        assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
+        for number in (dump_id, ""):
+            destination.run([COMMAND, "release", *([number] if number else [])])
+        assert [line for line in here.release() if here.lab.destination.name in line] == []
 
 
 def test_what_waits_in_the_queues_is_in_the_images(tmp_path: Path) -> None:
