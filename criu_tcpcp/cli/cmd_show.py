@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
              "Images"]]
     rows += [[one.state, *([str(len(one.received)), str(len(one.outgoing))] if one.stream else ["-", "-"]),
               str(one.flow.local) if one.flow else "*", str(one.flow.peer) if one.flow else "*",
-              ",".join(f"{owner.process}({owner.pid})" for owner in one.owners) or "-",
+              ",".join(_name(owner) for owner in one.owners) or "-",
               ",".join(sorted({str(number) for owner in one.owners for number in owner.descriptors})) or "-",
               str(one.inode), one.problem or ("whole" if one.whole else "CRIU's")] for one in found]
     console.table(rows)
@@ -50,6 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
             for name, data in _payload(one).items():
                 console.result(f"{one.flow or one.inode} {name}: {data!r}")
     return int(ExitCode.OK)
+
+
+def _name(owner: Any) -> str:
+    """CRIU's images of descriptors tell no name."""
+    return f"{owner.process}({owner.pid})" if owner.process else str(owner.pid)
 
 
 def _payload(one: Any) -> dict[str, bytes]:
