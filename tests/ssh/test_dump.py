@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -163,7 +164,7 @@ def test_what_waits_in_the_queues_is_in_the_images(tmp_path: Path) -> None:
     place = tmp_path / "images"
     with conversation(register=False, captured=False) as (here, peer):
         exchange(peer, b"before")
-        os.kill(here.node.process.pid, 19)
+        os.kill(here.node.process.pid, signal.SIGSTOP)
         until(lambda: state(here.node.process.pid) == "T", "the program to stop")
         peer.sendall(b"the secret")
         until(lambda: here.queued()[0] == 10, "the bytes to arrive")
@@ -173,7 +174,7 @@ def test_what_waits_in_the_queues_is_in_the_images(tmp_path: Path) -> None:
         for options in ([], ["--json"]):
             assert "secret" not in here.lab.origin.run([*show, *options]).stdout
         assert "received: b'the secret'" in here.lab.origin.run([*show, "--payload"]).stdout
-        os.kill(here.node.process.pid, 18)
+        os.kill(here.node.process.pid, signal.SIGCONT)
         got = b""
         while len(got) < 10:
             got += peer.recv(100)
@@ -237,7 +238,8 @@ def test_a_full_disk(tmp_path: Path, options: list[str]) -> None:
 READING = [action.value for action in snapshot.SNAPSHOT[OriginState.READY, Event.START].actions] + ["undo"]
 
 
-@pytest.mark.parametrize("step", READING)
+@pytest.mark.parametrize("step", [
+    pytest.param(step, marks=() if number % 2 else pytest.mark.long) for number, step in enumerate(READING)])
 def test_a_reading_that_is_killed(tmp_path: Path, step: str) -> None:
     place = tmp_path / "images"
     with conversation(register=step == "quiesce", captured=False) as (here, peer):
