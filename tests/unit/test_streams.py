@@ -183,16 +183,6 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> dict[str, object]
     return report
 
 
-def answer_with_handover(sock: socket.socket) -> None:
-    """Answer; after every 10th request, hand the state to another responder, as a pass would."""
-    responder, seen = Responder(1, 100), 0
-
-    def ten() -> bool:
-        return responder.requests >= seen + 10
-
-    while not answer(sock, responder, stop=ten):
-        responder, seen = Responder.from_state(responder.state()), responder.requests
-    assert not responder.wrong
 
 
 @pytest.mark.parametrize("end", ["sigterm", "eof"])
@@ -231,8 +221,27 @@ def test_rr_peer_is_answered_and_ends_when_asked(end: str) -> None:
 
 
 def test_rr_peer_does_not_notice_handovers() -> None:
-    with serving(answer_with_handover) as (host, port):
-        report = finish(start("rr-peer", host, port, "--rate", 5000, "--seconds", 0.3))
+    enough = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        """Answer; after every 10th request, hand the state to another responder, as a pass would."""
+        responder, seen, handovers = Responder(1, 100), 0, 0
+
+        def ten() -> bool:
+            return responder.requests >= seen + 10
+
+        while not answer(sock, responder, stop=ten):
+            responder, seen, handovers = Responder.from_state(responder.state()), responder.requests, handovers + 1
+            if handovers > 20:
+                enough.set()
+        assert not responder.wrong
+
+    with serving(serve) as (host, port):
+        process = start("rr-peer", host, port, "--rate", 5000, "--until-eof")
+        assert enough.wait(60)
+        assert process.stdin is not None
+        process.stdin.close()
+        report = finish(process)
     assert report["error"] is None
     assert int(str(report["answers"])) > 10
 
