@@ -8,13 +8,15 @@ serves tests that need a doctored capture.
 
 from .application import PeerRecord, check_application
 from .capture import Capture, parse
+from .connections import Connection, find_connections, narrowed
 from .counters import check_counters, parse_netstat
-from .judgement import Expectations, Violation
+from .judgement import Expectations, Turn, Violation
 from .packet import CaptureError, IcmpError, Packet, Role
 from .verdict import Verdict, verify
 from .wire import Negotiated
 
 __all__ = [
-    "Capture", "CaptureError", "Expectations", "IcmpError", "Negotiated", "Packet", "PeerRecord", "Role", "Verdict",
-    "Violation", "check_application", "check_counters", "parse", "parse_netstat", "verify",
+    "Capture", "CaptureError", "Connection", "Expectations", "IcmpError", "Negotiated", "Packet", "PeerRecord", "Role",
+    "Turn", "Verdict", "Violation", "check_application", "check_counters", "find_connections", "narrowed", "parse",
+    "parse_netstat", "verify",
 ]

@@ -20,6 +20,7 @@ class Capture:
     icmp: tuple[IcmpError, ...] = ()
     fragments: int = 0          # later IP fragments, whose TCP flow is not known
     damaged: int = 0            # frames cut short inside their headers
+    untimed: int = 0            # frames whose time the file does not tell
 
 
 def parse(data: bytes, name: str, role: Role | None = None) -> Capture:
@@ -41,4 +42,4 @@ def parse(data: bytes, name: str, role: Role | None = None) -> Capture:
         error.add_note(f"in {name}")
         raise
     return Capture(name, Role.of_name(name) if role is None else role, tuple(packets), tuple(errors),
-                   skipped[Skipped.FRAGMENT], skipped[Skipped.DAMAGED])
+                   skipped[Skipped.FRAGMENT], skipped[Skipped.DAMAGED], skipped[Skipped.UNTIMED])

@@ -15,6 +15,7 @@ from .packet import CaptureError
 _NS = 1_000_000_000
 _PCAP_MAGIC = {0xA1B2C3D4: 1000, 0xA1B23C4D: 1}     # magic -> nanoseconds of one unit of the fraction
 _SHB, _IDB, _OPB, _SPB, _EPB = 0x0A0D0D0A, 1, 2, 3, 6
+UNTIMED = -1        # the link type of a frame whose time the file does not tell
 _BYTE_ORDER_MAGIC = 0x1A2B3C4D
 
 
@@ -35,7 +36,8 @@ class _Interface(NamedTuple):
 
 
 def frames(data: bytes) -> Iterator[Frame]:
-    """Every frame of a capture file, in file order. A frame without a time (pcapng SPB) is left out."""
+    """Every frame of a capture file, in file order. One without a time (pcapng SPB, and OPB, which nobody writes any
+    more) is empty, its link type UNTIMED."""
     if len(data) < 12:
         raise CaptureError(f"{len(data)} bytes are too few for a capture")
     for order in ("<", ">"):
@@ -92,6 +94,7 @@ def _pcapng(data: bytes) -> Iterator[Frame]:
             yield _enhanced(body, order, number, interfaces)
         elif kind in (_SPB, _OPB):
             number += 1
+            yield Frame(number, 0, UNTIMED, b"", 0)
         position += length
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..core.endpoint import Endpoint
-from .container import Frame
+from .container import UNTIMED, Frame
 from .packet import CaptureError, IcmpError, Options, Packet
 
 _EN10MB, _NULL, _LOOP, _SLL, _SLL2, _IPV4, _IPV6 = 1, 0, 108, 113, 276, 228, 229
@@ -34,6 +34,7 @@ class Skipped(enum.Enum):
     OTHER = "not TCP, nor an ICMP error about TCP"
     FRAGMENT = "a later fragment of an IP datagram"
     DAMAGED = "cut short inside its headers, or malformed"
+    UNTIMED = "without a time"
 
 
 class _Link(NamedTuple):
@@ -66,6 +67,8 @@ def _endpoint(address: bytes, port: int) -> Endpoint:
 
 def decode(frame: Frame, capture: str) -> Packet | IcmpError | Skipped:
     """Never raises for what a packet contains; CaptureError for a link type that is not known."""
+    if frame.link_type == UNTIMED:
+        return Skipped.UNTIMED
     try:
         link = _link(frame)
         if link is None:

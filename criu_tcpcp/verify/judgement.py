@@ -33,9 +33,25 @@ class Violation:
         return f"assertion {self.assertion} ({self.name}): {self.reason}{where}"
 
     def to_json(self) -> dict[str, Any]:
+        packet = self.packet
         return {"assertion": self.assertion, "name": self.name, "reason": self.reason,
-                "packet": str(self.packet) if self.packet is not None else None,
-                "time_ns": self.packet.time_ns if self.packet is not None else None}
+                "packet": str(packet) if packet is not None else None,
+                "capture": packet.capture if packet is not None else None,
+                "number": packet.number if packet is not None else None,
+                "time_ns": packet.time_ns if packet is not None else None,
+                "seq": packet.seq if isinstance(packet, Packet) else None}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """From `packet` on, `host` spoke for the passed end."""
+
+    host: Role
+    packet: Packet
+
+    def to_json(self) -> dict[str, Any]:
+        return {"host": str(self.host), "capture": self.packet.capture, "number": self.packet.number,
+                "time_ns": self.packet.time_ns}
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,8 @@ class Expectations:
     coalescing, so a payload above the MSS may be several segments; `loss_free`: the path loses and reorders nothing,
     which makes every retransmission and every gap a violation; `fin_passed`, `fin_peer`: did the application of that
     end ask for a FIN (None: not told); `equal_hops`: both hosts are as far from the peer, so the TTL must not change;
-    `macs`: Ethernet source -> host, as the peer's capture sees them; `jiffy_ns`: of the kernels concerned."""
+    `macs`: Ethernet source -> host, as the peer's capture sees them; `jiffy_ns`: of the kernels concerned; `passes`:
+    how often the connection was passed, there and back in turn."""
 
     negotiated: Negotiated = field(default_factory=Negotiated)
     offload: bool = True
@@ -56,6 +73,7 @@ class Expectations:
     equal_hops: bool = True
     macs: dict[bytes, Role] = field(default_factory=dict)
     jiffy_ns: int = 4_000_000
+    passes: int = 1
 
 
 class Assertion:

@@ -17,11 +17,13 @@ _MIN_RTO_NS = 200_000_000       # Linux: TCP_RTO_MIN, include/net/tcp.h
 @dataclass
 class Counts:
     """`packets` per sending host; the rest per direction: `passed` (towards the peer) and `peer`. A tail-loss probe
-    is a retransmission too, and counted in both. `bytes`: payload bytes, each counted once."""
+    is a retransmission too, and counted in both. `probes`: keep-alive and window probes. `bytes`: payload bytes, each
+    counted once."""
 
     packets: dict[str, int] = field(default_factory=dict)
     retransmissions: dict[str, int] = field(default_factory=lambda: {"passed": 0, "peer": 0})
     tail_loss_probes: dict[str, int] = field(default_factory=lambda: {"passed": 0, "peer": 0})
+    probes: dict[str, int] = field(default_factory=lambda: {"passed": 0, "peer": 0})
     resets: dict[str, int] = field(default_factory=lambda: {"passed": 0, "peer": 0})
     bytes: dict[str, int] = field(default_factory=lambda: {"passed": 0, "peer": 0})
 
@@ -172,6 +174,7 @@ class Tally:
         direction = "peer" if step.from_peer else "passed"
         self._packets[step.host] += 1
         self.counts.bytes[direction] += new_bytes
+        self.counts.probes[direction] += step.probe
         self.counts.resets[direction] += bool(step.packet.flags & RST)
 
     def result(self) -> Counts:

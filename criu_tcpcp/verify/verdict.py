@@ -21,15 +21,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.endpoint import Endpoint, Flow
+from ..core.endpoint import Flow
 from .application import PeerRecord, check_application
 from .assertions import Acknowledgement, ControlFlags, OneOwner, RightEdge, SegmentSize, Timestamps
 from .assertions import Sequence as SequenceNumbers
 from .capture import Capture
+from .connections import find_flow
 from .counters import check_counters
 from .iplayer import Constants
-from .judgement import Assertion, Expectations, Violation
-from .packet import CaptureError, IcmpError, Packet, Role
+from .judgement import Assertion, Expectations, Turn, Violation
+from .packet import RST, CaptureError, IcmpError, Packet, Role
 from .seq import ByteStore
 from .traffic import Counts, Retransmissions, Stall, StallMeter, Tally, order
 from .wire import Negotiated, Wire
@@ -39,7 +40,8 @@ _EGRESS = (Role.ORIGIN, Role.DESTINATION)
 
 @dataclass(frozen=True)
 class Verdict:
-    """`ok`: nothing that was checked is violated. `not_checked` says what was not, and why; read both."""
+    """`ok`: nothing that was checked is violated. `not_checked` says what was not, and why; read both. `turns`: which
+    host spoke for the passed end from when on, empty where that cannot be told."""
 
     flow: Flow
     violations: tuple[Violation, ...]
@@ -47,6 +49,7 @@ class Verdict:
     counts: Counts
     stall: Stall
     negotiated: Negotiated
+    turns: tuple[Turn, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -60,7 +63,8 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         return {"flow": self.flow.to_json(), "ok": self.ok, "violations": [v.to_json() for v in self.violations],
                 "not_checked": list(self.not_checked), "counts": self.counts.to_json(), "stall_ns": self.stall_ns,
-                "stall_at_ns": self.stall.at_ns, "gap_ns": self.stall.gap_ns}
+                "stall_at_ns": self.stall.at_ns, "gap_ns": self.stall.gap_ns,
+                "turns": [turn.to_json() for turn in self.turns]}
 
 
 def verify(captures: Sequence[Capture], flow: Flow | None = None, expect: Expectations | None = None, *,
@@ -87,7 +91,7 @@ def verify(captures: Sequence[Capture], flow: Flow | None = None, expect: Expect
 
     hosts = _hosts(flow, truth if at_peer else [], egress_captures, mine, expect)
     roles = {capture.name: capture.role for capture in captures}
-    judge = _Judge(flow, expect, hosts, roles, truth)
+    judge = _Judge(flow, expect, hosts, roles, truth, {capture.role for capture in egress_captures})
     judge.run_truth(truth, strict=expect.loss_free or not at_peer)
     if at_peer and egress:
         judge.run_egress(egress)
@@ -103,21 +107,22 @@ def verify(captures: Sequence[Capture], flow: Flow | None = None, expect: Expect
         not_checked.append("10: the peer's application: no report given")
     violations.sort(key=lambda violation: violation.packet.time_ns if violation.packet is not None else 1 << 80)
     return Verdict(flow, tuple(violations), tuple(dict.fromkeys(not_checked)), judge.tally.result(),
-                   judge.meter.result(), judge.negotiated)
+                   judge.meter.result(), judge.negotiated, tuple(judge.turns))
 
 
 class _Judge:
     """One run of `verify`: collects violations of the truth and the egress stream, each once."""
 
     def __init__(self, flow: Flow, expect: Expectations, hosts: Mapping[bytes, Role], roles: Mapping[str, Role],
-                 truth: list[Packet]) -> None:
+                 truth: list[Packet], egress: set[Role]) -> None:
         self.flow, self.expect, self.hosts, self.roles = flow, expect, hosts, roles
         self.violations: list[Violation] = []
         self.not_checked: list[str] = []
         self.tally = Tally()
         self.meter = StallMeter()
         self.store = ByteStore()
-        self.hosts_seen: list[set[Role]] = []
+        self.hosts_told = egress >= set(_EGRESS)
+        self.turns: list[Turn] = []
         self.negotiated = expect.negotiated.or_else(_handshake(self._wire(), truth))
 
     def _wire(self) -> Wire:
@@ -140,7 +145,7 @@ class _Judge:
             self.tally.see(step, wire.advance(step))
         self._end(rules, wire)
         self.peer_tsvals = frozenset(wire.peer.tsvals)
-        self.hosts_seen.append(owner.seen)
+        self._note_owner(owner)
 
     def run_egress(self, packets: Iterable[Packet]) -> None:
         known = {_key(violation) for violation in self.violations}
@@ -156,8 +161,13 @@ class _Judge:
                 self.violations += rule.see(step, wire)
             wire.advance(step)
         self._end(rules, wire)
-        self.hosts_seen.append(owner.seen)
+        self._note_owner(owner)
         self.violations = before + [violation for violation in self.violations if _key(violation) not in known]
+
+    def _note_owner(self, owner: OneOwner) -> None:
+        self.hosts_told = self.hosts_told or owner.seen >= set(_EGRESS)
+        if self.hosts_told and owner.turns:
+            self.turns = owner.turns
 
     def _end(self, rules: Iterable[Assertion], wire: Wire) -> None:
         for rule in rules:
@@ -165,7 +175,7 @@ class _Judge:
             self.not_checked += rule.not_checked
 
     def finish(self, captures: Iterable[Capture], at_peer: bool) -> None:
-        if not any(set(_EGRESS) <= seen for seen in self.hosts_seen):
+        if not self.hosts_told:
             self.not_checked.append("2: which host sent which packet cannot be told (one Ethernet source, and not both "
                                     "egress captures)")
         if not at_peer:
@@ -180,6 +190,8 @@ class _Judge:
             if capture.fragments or capture.damaged:
                 self.not_checked.append(f"{capture.name}: {capture.fragments} later fragments, {capture.damaged} "
                                         "damaged frames: of unknown connections")
+            if capture.untimed:
+                self.not_checked.append(f"{capture.name}: {capture.untimed} packets were captured without their time")
         self.violations += [Violation(1, f"ICMP type {error.kind} code {error.code} about the connection from "
                                          f"{error.sender}", error) for error in errors.values()]
 
@@ -193,12 +205,17 @@ def _key(violation: Violation) -> tuple[Any, ...]:
 
 
 def _handshake(wire: Wire, packets: Iterable[Packet]) -> Negotiated:
+    """What the SYNs say. Without them, the peer's first packet still tells whether timestamps were negotiated: then
+    every segment has them (RFC 7323 3.2)."""
+    later = Negotiated()
     for packet in packets:
         step = wire.step(packet)
-        if not step.handshake:
+        if step.handshake:
+            wire.advance(step)
+        elif step.from_peer and not packet.flags & RST:
+            later = Negotiated(timestamps=packet.options.tsval is not None)
             break
-        wire.advance(step)
-    return wire.negotiated()
+    return wire.negotiated().or_else(later)
 
 
 def _hosts(flow: Flow, truth: Sequence[Packet], egress: Iterable[Capture], mine: Mapping[int, list[Packet]],
@@ -219,26 +236,3 @@ def _hosts(flow: Flow, truth: Sequence[Packet], egress: Iterable[Capture], mine:
     if len(set(known.values())) == 2 or len(sources) != 2:
         return known
     return {sources[0]: Role.ORIGIN, sources[1]: Role.DESTINATION}
-
-
-def find_flow(captures: Sequence[Capture]) -> Flow:
-    """The one connection in the captures. Which end moved: the one whose packets come from two Ethernet sources
-    within one capture. Raises CaptureError if either cannot be told; the caller must then give the flow."""
-    sources: defaultdict[Endpoint, set[tuple[str, bytes]]] = defaultdict(set)
-    pairs: dict[frozenset[Endpoint], int] = defaultdict(int)
-    for capture in captures:
-        for packet in capture.packets:
-            pairs[frozenset((packet.src, packet.dst))] += 1
-            if packet.ether_src is not None:
-                sources[packet.src].add((capture.name, packet.ether_src))
-    moved = []
-    for pair in pairs:
-        for end in pair:
-            names = [name for name, _ in sources[end]]
-            if len(pair) == 2 and len(names) > len(set(names)):
-                moved.append((end, next(iter(pair - {end}))))
-    if len(moved) == 1:
-        return Flow(*moved[0])
-    listed = ", ".join(" <-> ".join(str(end) for end in sorted(pair, key=str)) for pair in list(pairs)[:5])
-    raise CaptureError(f"{len(pairs)} connections in the captures, and {len(moved)} ends that moved: {listed}",
-                       hint="name the connection")

@@ -66,7 +66,9 @@ def test_pcapng_with_several_interfaces_of_different_link_types_and_unknown_bloc
                           link_types=(1, 101))
     simple = struct.pack("<III", 3, 20, 4) + b"abcd" + struct.pack("<I", 20)
     unknown = struct.pack("<II", 0xBAD, 16) + b"abcd" + struct.pack("<I", 16)
-    packets = parse(data + simple + unknown + data, "x").packets
+    capture = parse(data + simple + unknown + data, "x")
+    packets = capture.packets
+    assert capture.untimed == 1
     assert [packet.payload for packet in packets] == [b"hello"] * 6
     assert [packet.ether_src is None for packet in packets] == [False, True, False] * 2
 

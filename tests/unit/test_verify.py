@@ -1,13 +1,10 @@
 """The assertions on made-up conversations: each must find the one thing that was doctored, and let its near miss pass.
 
-`Talk` is a correct conversation: handshake, requests and answers, the passed end at the origin first and at the
-destination after `move`. Sequence numbers and timestamps begin just below 2^32, so every test crosses the wrap. Each
-test changes one packet, or adds one, and names the assertion that must object - and no other may.
+Each test changes one packet of a `Talk`, or adds one, and names the assertion that must object - and no other may.
 """
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.verify import (
     Capture,
     CaptureError,
@@ -28,88 +25,18 @@ from criu_tcpcp.verify import (
     builder,
     check_application,
     check_counters,
+    find_connections,
+    narrowed,
     parse,
     parse_netstat,
     verify,
 )
-from criu_tcpcp.verify.packet import ACK, CWR, ECE, FIN, PSH, RST, SYN, Options
+from criu_tcpcp.verify.packet import ACK, ECE, FIN, PSH, RST, SYN
 from criu_tcpcp.verify.seq import ByteStore, RangeSet, before, difference, unwrap
+from madeup import FLOW, LOCAL, MACS, MS, PEER, SCALE, Talk, passed
 
-LOCAL = Endpoint(ipaddress.ip_address("10.0.0.1"), 80)
-PEER = Endpoint(ipaddress.ip_address("10.0.0.9"), 5555)
-FLOW = Flow(LOCAL, PEER)
-MACS = {Role.PEER: b"\2\0\0\0\0\x09", Role.ORIGIN: b"\2\0\0\0\0\1", Role.DESTINATION: b"\2\0\0\0\0\2"}
-MS = 1_000_000
-SCALE = 7
 STRICT = Expectations(offload=False, loss_free=True, fin_passed=False, fin_peer=False)
 ASKED = replace(STRICT, fin_passed=True, fin_peer=True)
-
-
-class Talk:
-    """Builds a conversation packet by packet. `at` is the passed end's host; both clocks tick in milliseconds."""
-
-    def __init__(self, *, timestamps: bool = True, sack: bool = True, ecn: bool = False) -> None:
-        self.packets: list[Packet] = []
-        self.at = Role.ORIGIN
-        self.now = 1_000_000_000_000
-        self.timestamps, self.sack, self.ecn = timestamps, sack, ecn
-        self.next = {True: 2**32 - 150, False: 2**32 - 50}       # by "from the peer"
-        self.clock = {True: 2**32 - 2, False: 2**32 - 5}
-        self.ticks = 0
-        self.window = 1000
-        bits = ECE | CWR if ecn else 0
-        self.say(True, flags=SYN | bits, ack=0)
-        self.say(False, flags=SYN | ACK | (ECE if ecn else 0))
-        self.say(True)
-
-    def say(self, from_peer: bool, payload: bytes = b"", flags: int = ACK, **changes: object) -> Packet:
-        self.now += MS
-        self.ticks += 1
-        syn = bool(flags & SYN)
-        tsval = (self.clock[from_peer] + self.ticks) % 2**32 if self.timestamps else None
-        heard = next((packet.options.tsval for packet in reversed(self.packets)
-                      if (packet.src == PEER) != from_peer), 0)
-        options = Options(0, 1460 if syn else None, SCALE if syn else None, self.sack and syn, (), tsval,
-                          None if tsval is None else heard)
-        packet = Packet(
-            time_ns=self.now, capture="peer", number=len(self.packets) + 1, ip_version=4,
-            src=PEER if from_peer else LOCAL, dst=LOCAL if from_peer else PEER, seq=self.next[from_peer],
-            ack=self.next[not from_peer], flags=flags, window=self.window, payload=payload, payload_len=len(payload),
-            options=options, ttl=64, tos=2 if self.ecn and payload else 0, df=True,
-            ether_src=MACS[Role.PEER if from_peer else self.at])
-        self.next[from_peer] = (self.next[from_peer] + packet.sequence_length) % 2**32
-        packet = replace(packet, **changes)     # type: ignore[arg-type]
-        packet = replace(packet, options=replace(packet.options, length=len(builder.options(packet.options))))
-        self.packets.append(packet)
-        return packet
-
-    def exchange(self, number: int = 3, request: int = 60, answer: int = 40) -> None:
-        for index in range(number):
-            self.say(True, bytes([index + 1]) * request, ACK | PSH)
-            self.say(False, bytes([index + 101]) * answer, ACK | PSH)
-            self.say(True)
-
-    def move(self) -> None:
-        self.at = Role.DESTINATION
-
-    def ack(self, **changes: object) -> Packet:
-        """An ordinary acknowledgement by the passed end, with changes."""
-        return self.say(False, **changes)       # type: ignore[arg-type]
-
-    def options(self, **changes: object) -> Packet:
-        """An acknowledgement with changed options."""
-        packet = self.ack()
-        self.packets[-1] = replace(packet, options=replace(packet.options, **changes))  # type: ignore[arg-type]
-        return self.packets[-1]
-
-
-def passed(talk: Talk | None = None) -> Talk:
-    """A talk that was passed and went on."""
-    talk = Talk() if talk is None else talk
-    talk.exchange()
-    talk.move()
-    talk.exchange()
-    return talk
 
 
 def capture(packets: list[Packet], role: Role = Role.PEER) -> Capture:
@@ -447,7 +374,7 @@ def test_a_capture_from_the_middle_says_what_it_cannot_check() -> None:
     verdict = judge(talk)
     assert verdict.ok
     missing = [text[:2] for text in verdict.not_checked]
-    assert missing == ["5:", "6:", "7:", "7:", "8:", "9:", "10"]
+    assert missing == ["5:", "7:", "7:", "8:", "9:", "10"]  # whether timestamps belong there, the peer shows
     known = replace(STRICT, negotiated=Negotiated(1460, SCALE, True, True, False))
     assert [text[:2] for text in judge(talk, known).not_checked] == ["9:", "10"]
     talk.ack(window=999)
@@ -465,7 +392,7 @@ def test_a_capture_may_begin_anywhere(start: int) -> None:
 def test_the_connection_is_found_where_one_end_moved() -> None:
     talk = passed()
     assert verify([capture(talk.packets)]).flow == FLOW
-    with pytest.raises(CaptureError, match="1 connections in the captures, and 0 ends that moved"):
+    with pytest.raises(CaptureError, match=r"1 connections in the captures, and 0 that were passed: .*cannot be told"):
         verify([capture(talk.packets[:6])])
     with pytest.raises(CaptureError, match="no packet of"):
         verify([capture(talk.packets)], Flow(LOCAL, replace(PEER, port=1)))
@@ -473,10 +400,110 @@ def test_the_connection_is_found_where_one_end_moved() -> None:
         verify([capture(talk.packets), replace(capture(talk.packets), name="other")], FLOW)
 
 
+def routed(talk: Talk, role: Role) -> Capture:
+    """As captured one router away: at the peer, what comes in has one Ethernet source and a TTL that was counted down;
+    at a server, the other way round."""
+    here = PEER if role is Role.PEER else LOCAL
+    packets = [packet if packet.src == here else replace(packet, ttl=packet.ttl - 1, ether_src=b"router")
+               for packet in (talk.packets if role is Role.PEER else egress(talk, role))]
+    return capture(packets, role)
+
+
+def test_behind_a_router_the_ttl_tells_which_end_is_the_capturing_host() -> None:
+    talk = passed()
+    for captures in ([routed(talk, Role.PEER)], [routed(talk, Role.ORIGIN), routed(talk, Role.DESTINATION)],
+                     [routed(talk, Role.PEER), routed(talk, Role.ORIGIN), routed(talk, Role.DESTINATION)]):
+        assert verify(captures).flow == FLOW
+    (connection,) = find_connections([routed(talk, Role.PEER)])
+    assert (connection.flow, connection.ends) == (FLOW, (PEER, LOCAL))
+    unknown = replace(routed(talk, Role.PEER), role=Role.UNKNOWN)
+    assert find_connections([unknown])[0].why_not == "which end was passed cannot be told"
+    contradiction = replace(routed(talk, Role.PEER), role=Role.ORIGIN, name="origin")
+    assert find_connections([routed(talk, Role.PEER), contradiction])[0].flow is None
+
+
+def test_packets_that_the_origin_sends_on_do_not_make_the_peer_the_one_that_moved() -> None:
+    talk = passed()
+    forwarded = [replace(packet, ether_src=MACS[Role.ORIGIN], ttl=packet.ttl - 1, capture="origin")
+                 for packet in talk.packets[-3:] if packet.src == PEER]
+    at_origin = routed(talk, Role.ORIGIN)
+    at_origin = replace(at_origin, packets=(*at_origin.packets, *forwarded))
+    assert verify([routed(talk, Role.PEER), at_origin, routed(talk, Role.DESTINATION)]).flow == FLOW
+
+
+def test_other_connections_are_told_apart_and_named() -> None:
+    talk, other, ssh = passed(), passed(), passed()
+    unmoved = replace(PEER, port=6000)
+    other.packets = [replace(packet, src=unmoved if packet.src == PEER else LOCAL,
+                             dst=unmoved if packet.dst == PEER else LOCAL,
+                             ether_src=MACS[Role.PEER if packet.src == PEER else Role.ORIGIN])
+                     for packet in other.packets]
+    ssh.packets = [replace(packet, src=replace(packet.src, port=22)) for packet in ssh.packets if packet.src == LOCAL]
+    captures = [capture([*talk.packets, *other.packets]),
+                capture([*egress(talk, Role.ORIGIN), *egress(other, Role.ORIGIN), *ssh.packets], Role.ORIGIN)]
+    mine, others, foreign = find_connections(captures)
+    assert mine.flow == FLOW
+    assert (str(others), others.why_not) == (f"{unmoved} <-> {LOCAL}",
+                                             "each end has one Ethernet source: it was not passed")
+    assert foreign.why_not == "not in peer"
+    assert {flow: [len(one.packets) for one in parts] for flow, parts in narrowed(captures, [FLOW]).items()} == {
+        FLOW: [len(talk.packets), len(egress(talk, Role.ORIGIN))]}
+
+
+def test_there_and_back_each_turn_counts() -> None:
+    talk = passed()
+    talk.at = Role.ORIGIN
+    talk.exchange()
+    assert found(talk) == [2]
+    twice = replace(STRICT, passes=2)
+    verdict = judge(talk, twice)
+    assert verdict.violations == ()
+    assert [(turn.host, turn.packet.number) for turn in verdict.turns] == [
+        (Role.ORIGIN, 2), (Role.DESTINATION, 14), (Role.ORIGIN, 23)]
+    assert verdict.to_json()["turns"][1] == {"host": "destination", "capture": "peer.pcap", "number": 14,
+                                             "time_ns": talk.packets[13].time_ns}
+    talk.ack(ether_src=MACS[Role.DESTINATION])
+    (violation,) = judge(talk, twice).violations
+    assert violation.assertion == 2
+    assert "after the origin's first packet of its last turn (2 passes)" in violation.reason
+    assert verify(three(talk), FLOW, replace(STRICT, passes=3)).ok
+    assert [one.assertion for one in verify(three(talk), FLOW, twice).violations] == [2]
+
+
+def test_an_egress_capture_in_which_its_host_is_silent_proves_that_too() -> None:
+    talk = Talk()
+    talk.exchange()
+    verdict = verify(three(talk), FLOW, STRICT)
+    assert [turn.host for turn in verdict.turns] == [Role.ORIGIN]
+    assert not any(text.startswith("2:") for text in verdict.not_checked)
+
+
+def test_probes_are_counted() -> None:
+    talk = passed()
+    talk.ack(seq=talk.next[False] - 1)
+    talk.say(True, seq=talk.next[True] - 1)
+    talk.say(True, seq=talk.next[True] - 1)
+    assert judge(talk).counts.probes == {"passed": 1, "peer": 2}
+
+
+def test_a_violation_names_its_packet() -> None:
+    talk = passed()
+    packet = talk.ack(flags=RST)
+    said = judge(talk).to_json()["violations"]
+    assert [(one["assertion"], one["capture"], one["number"], one["time_ns"], one["seq"]) for one in said] == [
+        (1, "peer.pcap", packet.number, packet.time_ns, packet.seq)]
+    icmp = builder.icmp(talk.packets[-2])
+    data = builder.pcap([*builder.frames_of(talk.packets[:-1]), (talk.now, icmp, len(icmp))])
+    (one,) = verify([parse(data, "peer.pcap")], FLOW, STRICT).to_json()["violations"]
+    assert (one["number"], one["seq"]) == (packet.number, None)
+
+
 def test_a_snap_length_limits_the_comparison_of_bytes_only() -> None:
     talk = passed()
     talk.packets = [replace(packet, payload=packet.payload[:10]) for packet in talk.packets]
     assert judge(talk).ok
+    assert "3: 180 payload bytes of the passed end, which the snap length cut off, were not compared" \
+        in judge(talk).not_checked
     lossy = replace(STRICT, loss_free=False)
     again = talk.say(False, b"\x67" * 40, seq=talk.next[False] - 40)
     assert found(talk, lossy) == []
