@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, bool]] = {
     "passes": ("cmd_passes", False),
     "resolve": ("cmd_resolve", False),
     "release": ("cmd_release", False),
+    "verify": ("cmd_verify", False),
     "serve": ("cmd_serve", False),
 }
 

@@ -33,6 +33,15 @@ class Endpoint:
     def __str__(self) -> str:
         return f"[{self.address}]:{self.port}" if self.address.version == 6 else f"{self.address}:{self.port}"
 
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Inverse of `str`. Raises ValueError for anything else."""
+        address, colon, port = text.rpartition(":")
+        bracketed = address.startswith("[") and address.endswith("]")
+        if not colon or not (port.isascii() and port.isdigit()) or len(port) > 5 or bracketed != (":" in address):
+            raise ValueError(f"{text[:80]!r} is not ADDRESS:PORT, or [ADDRESS]:PORT for IPv6")
+        return cls(ipaddress.ip_address(address.strip("[]")), int(port))
+
 
 @dataclass(frozen=True)
 class Flow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from criu_tcpcp.core import tcp
+from criu_tcpcp.core.endpoint import Endpoint
 from criu_tcpcp.core.state import ConnectionState, Negotiated, Window
 from criu_tcpcp.core.tcp import TcpState
 from states import plain, states
@@ -66,3 +68,17 @@ def test_scales_that_were_not_negotiated_are_none() -> None:
     """With no window scaling agreed upon, both shifts are 0 (RFC 7323 2.2): anything else is a lie."""
     with pytest.raises(ValueError, match="scale"):
         plain(negotiated=Negotiated(1460, False, 7, 8, True, True))
+
+
+@pytest.mark.parametrize("text", ["10.0.0.1:80", "[fd00::1]:65535"])
+def test_an_endpoint_is_what_its_text_says(text: str) -> None:
+    endpoint = Endpoint.parse(text)
+    assert str(endpoint) == text
+    assert endpoint.address == ipaddress.ip_address(text.rpartition(":")[0].strip("[]"))
+
+
+@pytest.mark.parametrize("text", ["", ":80", "10.0.0.1", "10.0.0.1:", "10.0.0.1:0", "10.0.0.1:65536", "fd00::1:80",
+                                  "host:80", "[10.0.0.1]:80", "[fd00::1:80", "[::ffff:10.0.0.1]:80", "10.0.0.1:-1"])
+def test_what_is_no_endpoint(text: str) -> None:
+    with pytest.raises(ValueError):
+        Endpoint.parse(text)
