@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +189,10 @@ class World:
         """What `list` says of the program that has the connection."""
         return self.owner.run([COMMAND, "list", *options, "--pid", str(self.node.process.pid)]).stdout
 
-    def pass_once(self, *options: str) -> dict[str, Any]:
+    def pass_once(self, *options: str, env: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Pass the connection to the other host, over real SSH; returns the report."""
         served = self.nodes[self.other.name].count("serving")
-        done = self.owner.run(self.pass_argv(*options), check=False)
+        done = self.owner.run(self.pass_argv(*options), check=False, env=env)
         assert done.stdout, done.stderr
         report = json.loads(done.stdout)
         assert done.returncode == report["exit"] == 0, (report, done.stderr)
