@@ -97,18 +97,22 @@ class _Sender:
     def __init__(self) -> None:
         self.flight: deque[tuple[int, int, bool]] = deque()     # end, time of the last transmission, sent once
         self.last_activity: int | None = None                  # the last data sent, or progress of acknowledgement
-        self.srtt_ns: float | None = None
+        self.last_sent: tuple[int, int | None] | None = None   # the last new data: when, and SND.UNA then
+        self.rtt_min_ns = 0
+        self._measured = False
         self.probed = False
 
     def acknowledged(self, ack: int, now: int) -> None:
-        """Progress: take an RTT sample of what was sent once (Karn; RFC 6298 2, 3)."""
+        """Progress: take an RTT sample, unless something was sent twice of what is acknowledged (Karn; RFC 6298 2, 3;
+        Linux: net/ipv4/tcp_input.c, tcp_clean_rtx_queue)."""
         sample: int | None = None
+        clean = True
         while self.flight and self.flight[0][0] <= ack:
             _, sent, once = self.flight.popleft()
-            if once:
-                sample = now - sent
-        if sample is not None:
-            self.srtt_ns = sample if self.srtt_ns is None else self.srtt_ns * 7 / 8 + sample / 8
+            sample, clean = now - sent, clean and once
+        if sample is not None and clean:
+            self.rtt_min_ns = min(self.rtt_min_ns, sample) if self._measured else sample
+            self._measured = True
         self.last_activity, self.probed = now, False
 
 
@@ -118,9 +122,10 @@ class Retransmissions(Assertion):
     A tail-loss probe (RFC 8985 7.3) repeats the end of a burst: it ends at SND.NXT, begins above SND.UNA (more than
     that segment was outstanding), comes after more than 2 SRTT + 2 jiffies of silence, and is the only one since the
     last progress. The first of the two jiffies may be nearly over when the timer is set, so that one is sure (measured:
-    probes after 4.1 to 8.1 ms with HZ=250). SRTT is measured at the capture: for the peer's direction it is exact in
-    the peer's capture, for the passed end's it is a lower bound there (the peer's own delay), which can only turn a
-    violation into a probe.
+    probes after 4.1 to 8.1 ms with HZ=250). The sender's SRTT is not known (a new owner begins to measure anew): the
+    shortest round trip that the capture shows stands for it, a lower bound, which can only turn a violation into a
+    probe. An acknowledgement that was captured may not have reached the sender yet, for as long as a pass holds it: of
+    what is repeated although it was acknowledged, silence and SND.UNA are those of its sending.
     Everything else that repeats bytes, or fills a gap, is a retransmission: called RTO where SND.UNA's segment comes
     after at least 200 ms of silence."""
 
@@ -145,11 +150,14 @@ class Retransmissions(Assertion):
         if ours.sent_end is None or step.data_start >= ours.sent_end:
             sender.flight.append((step.data_end, now, True))
             sender.last_activity, sender.probed = now, False
+            sender.last_sent = (now, ours.acked if ours.acked is not None else ours.first)
             return
         silence = now - sender.last_activity if sender.last_activity is not None else 0
         una = ours.acked if ours.acked is not None else ours.first
+        if una is not None and step.data_start < una and sender.last_sent is not None:
+            silence, una = now - sender.last_sent[0], sender.last_sent[1]
         burst = una is not None and step.data_start > una
-        patience = 2 * (sender.srtt_ns or 0) + self.expect.jiffy_ns
+        patience = 2 * sender.rtt_min_ns + self.expect.jiffy_ns
         self._counts.retransmissions[direction] += 1
         sender.flight = deque((end, sent, once and end <= step.data_start) for end, sent, once in sender.flight)
         sender.last_activity = now

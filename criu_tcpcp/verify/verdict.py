@@ -33,7 +33,7 @@ from .judgement import Assertion, Expectations, Turn, Violation
 from .packet import RST, CaptureError, IcmpError, Packet, Role
 from .seq import ByteStore
 from .traffic import Counts, Retransmissions, Stall, StallMeter, Tally, order
-from .wire import Negotiated, Wire
+from .wire import Identity, Negotiated, Wire, identity
 
 _EGRESS = (Role.ORIGIN, Role.DESTINATION)
 
@@ -91,7 +91,8 @@ def verify(captures: Sequence[Capture], flow: Flow | None = None, expect: Expect
 
     hosts = _hosts(flow, truth if at_peer else [], egress_captures, mine, expect)
     roles = {capture.name: capture.role for capture in captures}
-    judge = _Judge(flow, expect, hosts, roles, truth, {capture.role for capture in egress_captures})
+    judge = _Judge(flow, expect, hosts, roles, truth, {capture.role for capture in egress_captures},
+                   _senders(flow, egress, roles))
     judge.run_truth(truth, strict=expect.loss_free or not at_peer)
     if at_peer and egress:
         judge.run_egress(egress)
@@ -114,8 +115,8 @@ class _Judge:
     """One run of `verify`: collects violations of the truth and the egress stream, each once."""
 
     def __init__(self, flow: Flow, expect: Expectations, hosts: Mapping[bytes, Role], roles: Mapping[str, Role],
-                 truth: list[Packet], egress: set[Role]) -> None:
-        self.flow, self.expect, self.hosts, self.roles = flow, expect, hosts, roles
+                 truth: list[Packet], egress: set[Role], senders: Mapping[Identity, Role]) -> None:
+        self.flow, self.expect, self.hosts, self.roles, self.senders = flow, expect, hosts, roles, senders
         self.violations: list[Violation] = []
         self.not_checked: list[str] = []
         self.tally = Tally()
@@ -126,7 +127,7 @@ class _Judge:
         self.negotiated = expect.negotiated.or_else(_handshake(self._wire(), truth))
 
     def _wire(self) -> Wire:
-        return Wire(self.flow, self.hosts, self.roles)
+        return Wire(self.flow, self.hosts, self.roles, self.senders)
 
     def run_truth(self, packets: Iterable[Packet], strict: bool) -> None:
         expect, negotiated = self.expect, self.negotiated
@@ -216,6 +217,18 @@ def _handshake(wire: Wire, packets: Iterable[Packet]) -> Negotiated:
             later = Negotiated(timestamps=packet.options.tsval is not None)
             break
     return wire.negotiated().or_else(later)
+
+
+def _senders(flow: Flow, egress: Iterable[Packet], roles: Mapping[str, Role]) -> dict[Identity, Role]:
+    """Which host sent each packet of the passed end, by the egress captures; what both sent alike is left out."""
+    found: dict[Identity, Role] = {}
+    for packet in egress:
+        if packet.src == flow.local:
+            role = roles[packet.capture]
+            known = found.setdefault(identity(packet), role)
+            if known is not role:
+                found[identity(packet)] = Role.UNKNOWN
+    return found
 
 
 def _hosts(flow: Flow, truth: Sequence[Packet], egress: Iterable[Capture], mine: Mapping[int, list[Packet]],

@@ -22,6 +22,7 @@ from ..core.endpoint import Flow
 from .packet import ACK, RST, SYN, Options, Packet, Role
 from .seq import RangeSet, unwrap
 
+Identity = tuple[int, int, int, int, int, int | None]
 _RECENT = 64  # acknowledgements that may be on their way to a sender at once
 
 
@@ -85,15 +86,23 @@ class Step:
         return self.data_start + self.packet.payload_len
 
 
-class Wire:
-    """State of one stream of packets of one flow. `hosts` maps Ethernet sources to the passed end's hosts."""
+def identity(packet: Packet) -> Identity:
+    """By what a packet is known again at another capture point."""
+    return (packet.seq, packet.ack, packet.flags, packet.window, packet.payload_len, packet.options.tsval)
 
-    def __init__(self, flow: Flow, hosts: Mapping[bytes, Role], roles: Mapping[str, Role]) -> None:
+
+class Wire:
+    """State of one stream of packets of one flow. `hosts` maps Ethernet sources to the passed end's hosts; where a
+    router hides them, `senders` does what `identity` makes of the packets."""
+
+    def __init__(self, flow: Flow, hosts: Mapping[bytes, Role], roles: Mapping[str, Role],
+                 senders: Mapping[Identity, Role] | None = None) -> None:
         self.peer = Side()
         self.passed = Side()
         self._peer_end = flow.peer
         self._hosts = hosts
         self._roles = roles
+        self._senders = senders or {}
         self._established = False
 
     def step(self, packet: Packet) -> Step:
@@ -113,7 +122,8 @@ class Wire:
         role = self._roles.get(packet.capture, Role.UNKNOWN)
         if role in (Role.ORIGIN, Role.DESTINATION):
             return role
-        return self._hosts.get(packet.ether_src, Role.UNKNOWN) if packet.ether_src is not None else Role.UNKNOWN
+        told = self._hosts.get(packet.ether_src) if packet.ether_src is not None else None
+        return told if told is not None else self._senders.get(identity(packet), Role.UNKNOWN)
 
     def advance(self, step: Step) -> int:
         """Take the step into account; return how many payload bytes were not seen before. The numbers of a RST, or of

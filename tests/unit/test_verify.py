@@ -292,6 +292,39 @@ def test_one_tail_loss_probe_is_reported_not_judged(silence_ms: int, repeat_from
         assert verdict.violations[0].reason.startswith("RTO")
 
 
+def test_a_tail_loss_probe_whose_acknowledgement_is_held() -> None:
+    """A pass holds what the peer has acknowledged; the timer rings meanwhile."""
+    talk = passed()
+    start = talk.next[False]
+    for _ in range(3):
+        talk.say(False, b"q" * 100)
+    talk.say(True)
+    talk.now += 20 * MS
+    talk.say(False, b"q" * 100, seq=start + 200)
+    verdict = judge(talk)
+    assert (verdict.violations, verdict.counts.tail_loss_probes["passed"]) == ((), 1)
+    talk.packets[-1] = replace(talk.packets[-1], seq=start + 100)
+    assert found(talk) == [9]
+    once = passed()
+    once.say(False, b"q" * 100)
+    once.say(True)
+    once.now += 20 * MS
+    once.say(False, b"q" * 100, seq=once.next[False] - 100)
+    assert found(once) == [9]
+
+
+def test_an_acknowledgement_of_what_was_sent_twice_is_no_measure_of_the_path() -> None:
+    talk = burst(20, 2)
+    talk.now += 100 * MS
+    talk.say(True)
+    for _ in range(3):
+        talk.say(False, b"q" * 100)
+    talk.now += 10 * MS
+    talk.say(False, b"q" * 100, seq=talk.next[False] - 100)
+    verdict = judge(talk)
+    assert (verdict.violations, verdict.counts.tail_loss_probes["passed"]) == ((), 2)
+
+
 def test_a_second_tail_loss_probe_is_a_retransmission() -> None:
     talk = burst(20, 2)
     assert judge(talk).counts.tail_loss_probes["passed"] == 1
