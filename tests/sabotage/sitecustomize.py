@@ -7,11 +7,11 @@ for that. `sabotaged.py`, one directory up, gives the environment and the option
     tsval-back      the destination's TSval clock goes one second back
     tsecr-zero      the destination speaks before it has heard the peer, and without the peer's last timestamp: TSecr 0
     origin-rst      the origin resets the connection that it has passed away
-    lost-byte       the first byte that is to be sent after the pass never is: a hole in the sequence numbers
+    lost-byte       the first byte that is to be sent after the pass never is: its sequence number is skipped
     shrunk-window   the destination announces half the window that the origin had announced
     origin-speaks   the origin says once more what it said last, after the destination has been heard
 
-The bugs are put in where a state becomes a socket (`Restorer.do`) and where the old socket ends (`end_silently`). The
+The bugs are put in where a state becomes a socket (`Restorer.run`) and where the old socket ends (`end_silently`). The
 rehearsal of a pass, over loopback, is spared: it must succeed, or there would be no pass.
 """
 
@@ -32,20 +32,27 @@ _ETHERNET, _RST, _ACK = 1, 0x04, 0x10
 _PATIENCE_S = 2.0
 
 
-def _is_rehearsal(sock: socket.socket) -> bool:
-    return sock.getsockname()[0] in ("127.0.0.1", "::1")
+def _is_rehearsal(sock: socket.socket, steps: list[Any] | None = None) -> bool:
+    """It is over loopback; a plan that begins with a new socket says so itself."""
+    from criu_tcpcp.core.restoreplan import Bind
+    bound = [str(step.local.address) for step in steps or [] if isinstance(step, Bind)]
+    return (bound or sock.getsockname())[0] in ("127.0.0.1", "::1")
+
+
+def _change_plan(change: Callable[[Any, list[Any]], list[Any]]) -> None:
+    """`Restorer.run` does what `change(restorer, steps)` makes of a plan."""
+    from criu_tcpcp.kernel.repair import Restorer
+    honest = Restorer.run
+
+    def run(self: Restorer, steps: list[Any]) -> None:
+        honest(self, steps if _is_rehearsal(self.sock, steps) else change(self, steps))
+
+    Restorer.run = run  # type: ignore[method-assign]
 
 
 def _change_steps(change: Callable[[Any, Any], list[Any]]) -> None:
-    """`Restorer.do` does what `change(restorer, step)` makes of a step."""
-    from criu_tcpcp.kernel.repair import Restorer
-    honest = Restorer.do
-
-    def do(self: Restorer, step: Any) -> None:
-        for one in [step] if _is_rehearsal(self.sock) else change(self, step):
-            honest(self, one)
-
-    Restorer.do = do  # type: ignore[method-assign]
+    """The same, where each step can be changed by itself."""
+    _change_plan(lambda restorer, steps: [new for step in steps for new in change(restorer, step)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,22 +132,27 @@ def _tsecr_zero() -> None:
 
 
 def _lost_byte() -> None:
+    """What is in flight counts as acknowledged: the peer has it by now, and would not miss a byte of it."""
     from criu_tcpcp.core import tcp
     from criu_tcpcp.core.restoreplan import FillQueue, InjectSegment, SetSequence, WriteUnsent
-    cut: list[Any] = []
 
-    def change(_restorer: Any, step: Any) -> list[Any]:
-        match step:
-            case SetSequence("send", sequence):
-                return [SetSequence("send", tcp.add(sequence, 1))]
-            case InjectSegment():  # or the peer's last timestamp would be lost too
-                return [dataclasses.replace(step, acknowledgement=tcp.add(step.acknowledgement, 1))]
-            case FillQueue("send", data) | WriteUnsent(data) if not cut:
-                cut.append(step)
-                return [dataclasses.replace(step, data=data[1:])]
-        return [step]
+    def change(_restorer: Any, steps: list[Any]) -> list[Any]:
+        in_flight = [step for step in steps if isinstance(step, FillQueue) and step.queue == "send"]
+        skip = sum(len(step.data) for step in in_flight) + 1
+        changed = []
+        for step in steps:
+            match step:
+                case SetSequence("send", sequence):
+                    changed.append(SetSequence("send", tcp.add(sequence, skip)))
+                case InjectSegment():  # or the peer's last timestamp would be lost too
+                    changed.append(dataclasses.replace(step, acknowledgement=tcp.add(step.acknowledgement, skip)))
+                case WriteUnsent(data):
+                    changed.append(WriteUnsent(data[1:]))
+                case _ if step not in in_flight:
+                    changed.append(step)
+        return changed
 
-    _change_steps(change)
+    _change_plan(change)
 
 
 def _shrunk_window() -> None:
