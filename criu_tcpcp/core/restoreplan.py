@@ -6,7 +6,9 @@ dormant, in repair, nothing leaves the host:
   1. SO_REUSEADDR before repair: after it, a bind beside a listener fails with EADDRINUSE.
   2. Buffers large enough for both queues; they get their own sizes back at the end.
   3. Transparent where the address is not the host's: it binds and connects (IP_FREEBIND only binds).
-  4. MSS before connect: later, the send MSS stays at 524 (tcp_sync_mss runs from connect).
+  4. MSS before connect: later, the send MSS stays at 524 (tcp_sync_mss runs from connect). And where no window scale
+     was negotiated, a window that needs none: connect chooses the scale by it (tcp_output.c, tcp_connect_init), and no
+     handshake takes that back.
   5. Sequence numbers: legal only in CLOSE.
   6. Connect: in repair, no SYN; then the negotiated options (legal while nothing was sent), then the timestamp clock,
      since connect takes its unit from the route.
@@ -68,6 +70,13 @@ class BeTransparent:
 @dataclass(frozen=True)
 class SetMaxSegment:
     mss: int
+
+
+@dataclass(frozen=True)
+class LimitWindow:
+    """The largest window that may be announced, in bytes (TCP_WINDOW_CLAMP)."""
+
+    size: int
 
 
 @dataclass(frozen=True)
@@ -135,8 +144,9 @@ class WriteUnsent:
     data: bytes = field(repr=False)
 
 
-Step = (SetOption | ForceBuffers | AllowAnyReuse | EnterRepair | BeTransparent | SetMaxSegment | Bind | SetSequence
-        | Connect | SetNegotiated | SetTimestamp | FillQueue | SetWindow | InjectSegment | LeaveRepair | WriteUnsent)
+Step = (SetOption | ForceBuffers | AllowAnyReuse | EnterRepair | BeTransparent | SetMaxSegment | LimitWindow | Bind
+        | SetSequence | Connect | SetNegotiated | SetTimestamp | FillQueue | SetWindow | InjectSegment | LeaveRepair
+        | WriteUnsent)
 
 
 def _options(state: ConnectionState, when: When, fresh: Mapping[str, OptionValue]) -> list[Step]:
@@ -159,7 +169,8 @@ def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | Non
     steps: list[Step] = [AllowAnyReuse(), EnterRepair(),
                          ForceBuffers(2 * len(state.received) + _BUFFER_SLACK, 2 * len(state.outgoing) + _BUFFER_SLACK),
                          BeTransparent(), *_options(state, When.BEFORE_BIND, fresh),
-                         SetMaxSegment(min(negotiated.mss_clamp, tcp.MAX_MSS)), Bind(state.flow.local),
+                         SetMaxSegment(min(negotiated.mss_clamp, tcp.MAX_MSS)),
+                         *([] if negotiated.wscale else [LimitWindow(tcp.MAX_UNSCALED_WINDOW)]), Bind(state.flow.local),
                          SetSequence("receive", state.copied_seq), SetSequence("send", state.snd_una),
                          Connect(state.flow.peer),
                          SetNegotiated(negotiated.mss_clamp,

@@ -29,6 +29,7 @@ from ..core.restoreplan import (
     ForceBuffers,
     InjectSegment,
     LeaveRepair,
+    LimitWindow,
     SetMaxSegment,
     SetNegotiated,
     SetOption,
@@ -44,7 +45,7 @@ from .syscalls import failing
 
 # linux/tcp.h
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS = 19, 20, 21, 22
-TCP_TIMESTAMP, TCP_REPAIR_WINDOW, TCP_MAXSEG = 24, 29, 2
+TCP_TIMESTAMP, TCP_REPAIR_WINDOW, TCP_MAXSEG, TCP_WINDOW_CLAMP = 24, 29, 2, 10
 REPAIR_ON, REPAIR_OFF_PROBE, REPAIR_OFF_SILENT = 1, 0, -1
 _NO_QUEUE, _RECV_QUEUE, _SEND_QUEUE = 0, 1, 2
 _QUEUES = {"receive": _RECV_QUEUE, "send": _SEND_QUEUE}
@@ -210,6 +211,8 @@ class Restorer:
                 self._be_transparent()
             case SetMaxSegment(mss):
                 _set(sock, "TCP_MAXSEG", TCP_MAXSEG, mss)
+            case LimitWindow(size):
+                _set(sock, "TCP_WINDOW_CLAMP", TCP_WINDOW_CLAMP, size)
             case Bind(local):
                 with failing(f"bind({local})"):
                     sock.bind(self._address(str(local.address), local.port))

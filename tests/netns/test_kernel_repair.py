@@ -46,6 +46,11 @@ def timestamps(on: bool) -> None:
         file.write(str(int(on)))
 
 
+def window_scaling(on: bool) -> None:
+    with open("/proc/sys/net/ipv4/tcp_window_scaling", "w") as file:
+        file.write(str(int(on)))
+
+
 def pair(family: str) -> tuple[socket.socket, socket.socket]:
     """(the end that moves, its peer), connected over loopback."""
     kind, address = (socket.AF_INET, "127.0.0.1") if family == "v4" else (socket.AF_INET6, "::1")
@@ -267,6 +272,45 @@ def test_the_peer_cannot_tell(family: str, closing: bool, queues: str, stamps: b
     assert restorer.reports == []
     tap.close()
     peer.close()
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_window_that_the_peer_sees_stays(family: str, scaled: bool, injector: Injector) -> None:
+    """Also where the handshake had no window scale: this host, which would offer one, must not use one."""
+    window_scaling(scaled)
+    moving, peer = pair(family)
+    window_scaling(True)
+    flow = tcpinfo.flow_of(moving)
+    peer.sendall(b"question")
+    assert receive(moving, 8) == b"question"
+    moving.sendall(b"answer")
+    assert receive(peer, 6) == b"answer"
+    until(lambda: tcpinfo.unacknowledged_bytes(moving) == 0, "the acknowledgement")
+    right_edge = right_edge_seen_by(peer)
+    with deaf(flow):
+        state = read(moving, injector)
+        repair.end_silently(moving)
+        moving.close()
+        fresh, restorer = restore(state, injector)
+        restorer.run(alive_steps(state))
+    assert state.negotiated.wscale == scaled
+    assert tcpinfo.read(fresh).rcv_wscale == state.negotiated.rcv_wscale
+    fresh.settimeout(10)
+    peer.sendall(b"more")
+    assert receive(fresh, 4) == b"more"
+    fresh.sendall(b"the end")
+    assert receive(peer, 7) == b"the end"
+    assert tcp.distance(right_edge_seen_by(peer), right_edge) >= 0
+    fresh.close()
+    peer.close()
+
+
+def right_edge_seen_by(peer: socket.socket) -> int:
+    """SND.UNA + SND.WND: up to where it may send."""
+    with repair.in_repair(peer):
+        window = repair._read_window(peer)
+    return tcp.add(repair.window_edges(peer)[1], window.snd_wnd)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

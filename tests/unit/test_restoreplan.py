@@ -20,6 +20,7 @@ from criu_tcpcp.core.restoreplan import (
     ForceBuffers,
     InjectSegment,
     LeaveRepair,
+    LimitWindow,
     SetMaxSegment,
     SetNegotiated,
     SetOption,
@@ -186,6 +187,9 @@ def test_options_of_the_handshake(state: ConnectionState) -> None:
     assert (step.sack, step.timestamps) == (negotiated.sack, negotiated.timestamps)
     assert step.mss_clamp == negotiated.mss_clamp
     assert only(steps, SetMaxSegment).mss == min(negotiated.mss_clamp, 32767)
+    # Connect chooses a scale for what is announced, unless 65535 bytes are the most.
+    assert [limit.size for limit in every(steps, LimitWindow)] == ([] if negotiated.wscale else [65535])
+    assert all(number < where(steps, Connect) for number, one in enumerate(steps) if isinstance(one, LimitWindow))
 
 
 @given(st.integers(0, tcp.MODULUS - 1), elapsed)
