@@ -59,6 +59,10 @@ class Lab:
         address = f"[{host.ipv6}]" if version == 6 else str(host.ipv4)
         return ["-i", str(self.ssh.key), "--known-hosts", str(self.ssh.known_hosts), "--host", f"root@{address}"]
 
+    def keep_order(self) -> None:
+        """From now on the network never reorders: for who judges streams as on a path that does not."""
+        network.keep_order([host.netns.name for host in self.hosts.values()])
+
     def __enter__(self) -> Self:
         self.sweep()
         record = _new_record(self._servers, joinable=self._joinable)

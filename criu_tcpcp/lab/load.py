@@ -1,14 +1,15 @@
 """Peer programs: processes that talk to the passed end and report what they saw. `python -m criu_tcpcp.lab.load NAME`.
 
     rr-peer HOST PORT        one request at a time, at a fixed rate; every answer is checked and timed
+    burst-peer HOST PORT     requests without waiting for the answers: in bursts, or as many as the queues take
     stream-peer HOST PORT    two paced streams at the same time, checked byte by byte
 
 Each prints `ready LOCALPORT` once connected, and one JSON object at its end: `error` (null, or what it saw), counts,
 and stalls: `stall_max_ns`, `stall_p50_ns`, `stall_p99_ns`, and the worst (`--worst`, 20) with their wall-clock times.
-For rr-peer a stall is a response time, for stream-peer the time between two instants at which a byte moved. SIGTERM
-(or, with --until-eof, the end of stdin) asks rr-peer for an orderly end: the request in flight is answered, the write
-side shut down, the other end's EOF awaited. A stream-peer has an end of its own; SIGTERM before that is an error, and
-reported. Exit status 1 if there was an error.
+For rr-peer a stall is a response time, for the others the time between two instants at which a byte moved. SIGTERM
+(or, with --until-eof, the end of stdin) asks rr-peer and burst-peer for an orderly end: the requests in flight are
+answered, the write side shut down, the other end's EOF awaited. A stream-peer has an end of its own; SIGTERM before
+that is an error, and reported. Exit status 1 if there was an error.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from array import array
 from typing import Any
 
-from .answering import StreamEnd
+from .answering import Pace, StreamEnd
 from .streams import Checker, Stream
 
 _GOODBYE_S = 10.0
@@ -81,11 +82,17 @@ class Stop:
             timeout_s = min(left, timeout_s)
         watched = [] if self.asked else [self._read.fileno(), *self._stdin]
         readable, _, _ = select.select([sock, *watched], [], [], timeout_s)
-        if self._read.fileno() in readable:
-            self.asked = True
-        if any(fd in readable and not os.read(fd, 4096) for fd in self._stdin):
-            self.asked = True
+        self._note(readable)
         return sock in readable
+
+    def sleep(self, seconds: float) -> None:
+        """The same without the socket."""
+        readable, _, _ = select.select([] if self.asked else [self._read.fileno(), *self._stdin], [], [], seconds)
+        self._note(readable)
+
+    def _note(self, readable: list[Any]) -> None:
+        if self._read.fileno() in readable or any(fd in readable and not os.read(fd, 4096) for fd in self._stdin):
+            self.asked = True
 
 
 def request_response(sock: socket.socket, stop: Stop, *, rate: float, size: int, answer_size: int, seed: int,
@@ -127,6 +134,75 @@ def request_response(sock: socket.socket, stop: Stop, *, rate: float, size: int,
         error = str(problem)
     return {"program": "rr-peer", "error": error, "requests": sent, "answers": answered, "bytes_sent": sent * size,
             "bytes_received": answers.offset, **stalls.to_json()}
+
+
+def bursts(sock: socket.socket, stop: Stop, *, size: int, burst: int, pause_s: float, read_rate: float | None,
+           seed: int, answer_limit_s: float = 60.0) -> dict[str, Any]:
+    """`burst` requests at once, and the next ones `pause_s` after the last answer; a burst of 0 has no end: requests as
+    long as the socket takes them, so that with a low `read_rate` (bytes a second) all queues on the way are full."""
+    requests, answers = Stream(seed), Checker(seed + 1, sha256=True)
+    stalls, reading = Stalls(), Pace(read_rate)
+    sent = target = 0
+    error: str | None = None
+    due = last = time.monotonic()
+    wall = time.time_ns()
+    try:
+        while True:
+            now = time.monotonic()
+            if stop.asked:
+                target, reading = -(-sent // size) * size, Pace(None)
+            elif not burst:
+                target = sent + size
+            elif answers.offset == target and now >= due:
+                target, last, wall = target + burst * size, now, time.time_ns()
+            moved = False
+            if sent < target and (taken := _send(sock, requests.read(sent, min(target - sent, 1 << 16)))):
+                sent, moved = sent + taken, True
+            left = target - answers.offset
+            if left and (allowed := reading.allowance(now, answers.offset, left)) and (data := _receive(sock, allowed)):
+                answers.feed(data)
+                moved = True
+                if answers.wrong:
+                    raise PeerError(f"wrong answer: {answers.finish()}")
+                if answers.offset == target:
+                    due = time.monotonic() + pause_s
+            if moved:
+                stalls.add(int((time.monotonic() - last) * 1e9), wall)
+                last, wall = time.monotonic(), time.time_ns()
+                continue
+            if stop.asked and answers.offset == target:
+                break
+            if left and now - last > answer_limit_s:
+                raise PeerError(f"nothing moved for {answer_limit_s:g} s at {sent} sent, {answers.offset} received")
+            if read_rate is not None and not stop.asked:
+                stop.sleep(0.001)
+            elif left:
+                stop.wait(sock, 0.001 if sent < target else answer_limit_s)
+            elif stop.wait(sock, max(due - now, 0)):
+                raise PeerError("end of stream, or a byte that was not asked for")
+        _goodbye(sock)
+    except (OSError, PeerError) as problem:
+        error = str(problem)
+    return {"program": "burst-peer", "error": error, "requests": sent // size, "answers": answers.offset // size,
+            "bytes_sent": sent, "bytes_received": answers.offset, "sha256_received": answers.sha256,
+            "sha256_expected": Stream(seed + 1).sha256(sent), **stalls.to_json()}
+
+
+def _send(sock: socket.socket, data: bytes) -> int:
+    try:
+        return sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except BlockingIOError:
+        return 0
+
+
+def _receive(sock: socket.socket, length: int) -> bytes:
+    try:
+        data = sock.recv(length, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return b""
+    if not data:
+        raise PeerError("end of stream")
+    return data
 
 
 def _goodbye(sock: socket.socket) -> None:
@@ -180,13 +256,19 @@ def _terminated(*_: object) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m criu_tcpcp.lab.load")
     programs = parser.add_subparsers(dest="program", required=True)
-    for name in ("rr-peer", "stream-peer"):
+    for name in ("rr-peer", "burst-peer", "stream-peer"):
         program = programs.add_parser(name)
         program.add_argument("host")
         program.add_argument("port", type=int)
         program.add_argument("--bind", metavar="ADDR")
         program.add_argument("--seed", type=int, default=1, help="of what this end sends; the other's is one more")
-        if name == "rr-peer":
+        if name == "burst-peer":
+            program.add_argument("--size", type=int, default=100)
+            program.add_argument("--burst", type=int, default=0, help="requests at once; 0: as many as go")
+            program.add_argument("--pause", type=float, default=0.0, help="seconds between a burst's end and the next")
+            program.add_argument("--read-rate", type=float, help="bytes a second to read")
+            program.add_argument("--until-eof", action="store_true", help="end when stdin does")
+        elif name == "rr-peer":
             program.add_argument("--rate", type=float, default=1000.0, help="requests a second")
             program.add_argument("--size", type=int, default=100)
             program.add_argument("--answer-size", type=int)
@@ -203,9 +285,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    stop = Stop(stdin=arguments.until_eof, seconds=arguments.seconds) if arguments.program == "rr-peer" else None
+    stop = (Stop(stdin=arguments.until_eof, seconds=getattr(arguments, "seconds", None))
+            if arguments.program != "stream-peer" else None)
     with _connect(arguments) as sock:
-        if stop is not None:
+        if stop is not None and arguments.program == "burst-peer":
+            report = bursts(sock, stop, size=arguments.size, burst=arguments.burst, pause_s=arguments.pause,
+                            read_rate=arguments.read_rate, seed=arguments.seed)
+        elif stop is not None:
             report = request_response(sock, stop, rate=arguments.rate, size=arguments.size, seed=arguments.seed,
                                       answer_size=arguments.answer_size or arguments.size, worst=arguments.worst)
         else:

@@ -30,8 +30,7 @@ def test_a_request_response_peer_survives_twenty_passes_there_and_twenty_back(ve
         assert report["error"] is None
         assert report["answers"] == report["requests"] > 1000
         here.node.wait_for("end")
-        verdict = here.verdict(before)
-        assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
+        here.prove(before)
         assert here.release() == []
 
 
@@ -49,8 +48,7 @@ def test_an_unregistered_program_is_passed_at_a_quiet_instant(listen: str) -> No
             peer.sendall(b"the last")
             assert peer.recv(4096) == b"the last"
         here.node.wait_for("end")
-        verdict = here.verdict(before)
-        assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
+        here.prove(before)
         assert here.release() == []
 
 
@@ -68,8 +66,7 @@ def test_streams_with_full_queues_arrive_whole_and_the_application_state_with_th
         assert report["bytes_sent"] == report["bytes_received"] == STREAM_BYTES
         assert report["sha256_received"] == Stream(2).sha256(STREAM_BYTES)
         assert here.node.wait_for("end")["error"] is None
-        verdict = here.verdict(loss_free=False)
-        assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
+        here.prove(loss_free=False)
         assert here.release() == []
 
 
@@ -84,8 +81,7 @@ def test_a_connection_that_the_peer_has_half_closed_is_passed() -> None:
         assert report["error"] is None
         assert report["bytes_received"] == 8 << 20
         assert here.node.wait_for("end")["error"] is None
-        verdict = here.verdict(before)
-        assert verdict.violations == (), "\n".join(map(str, verdict.violations[:20]))
+        here.prove(before)
         assert here.release() == []
 
 
