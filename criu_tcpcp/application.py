@@ -66,6 +66,14 @@ class _Listener:
         self._thread.start()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:  # only here: until then they are polled
+            self._listening.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    def _serve(self) -> None:
         poller = select.poll()
         poller.register(self._listening, select.POLLIN)
         poller.register(self._wake_read, select.POLLIN)
@@ -113,9 +121,6 @@ class _Listener:
         os.write(self._wake_write, b"x")
         if self._thread is not threading.current_thread():
             self._thread.join()
-        self._listening.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
 
 
 @dataclass

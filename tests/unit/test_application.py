@@ -460,6 +460,33 @@ def test_a_callback_that_fails_does_not_end_the_conversation(pair: Pair,
     assert seen == []
 
 
+def test_a_registration_may_end_in_the_callback_of_its_pass(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that calls back is the one that ends with the last registration."""
+    seen: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    done = threading.Event()
+
+    def leave() -> None:
+        thread.append(threading.current_thread())
+        registration.close()
+        done.set()
+
+    thread: list[threading.Thread] = []
+    registration = register(pair[0], lambda: b"", passed=leave)
+    cookie = tcpinfo.cookie(pair[0])
+    with tool(apps.registration_path(os.getpid())) as keeper:
+        _answer, descriptors = keeper.ask({"op": "quiesce", "cookie": cookie})
+        os.close(descriptors[0])
+        keeper.send({"op": "passed", "cookie": cookie})
+        assert done.wait(20)
+        thread[0].join(20)
+        assert not thread[0].is_alive()
+        with pytest.raises(Gone):
+            keeper.receive()
+    assert seen == []
+    assert not apps.registration_path(os.getpid()).exists()
+
+
 def test_after_a_fork_the_child_registers_for_itself(pair: Pair) -> None:
     """A server that registers, forks, and registers in the child: each has its own file."""
     registration = register(pair[0], bytes)
