@@ -136,9 +136,11 @@ def read_state(sock: socket.socket, options: dict[str, OptionValue], nonblocking
             sock.setsockopt(socket.SOL_SOCKET, 42, -1)
     try:
         with in_repair(sock):
+            # Before the send queue is selected: while it is, what a timer sends (pacing, small queues) is counted as
+            # sent and never leaves (net/ipv4/tcp_output.c, tcp_write_xmit: "skip network transmission").
+            unsent = tcpinfo.unsent_bytes(sock)
             rcv_nxt, write_seq = _sequence(sock, _RECV_QUEUE), _sequence(sock, _SEND_QUEUE)
             unread, outstanding = tcpinfo.unread_bytes(sock), tcpinfo.unacknowledged_bytes(sock)
-            unsent = tcpinfo.unsent_bytes(sock)
             outgoing = _peek(sock, _SEND_QUEUE, outstanding, _PEEK_SLACK)
             received = _peek(sock, _RECV_QUEUE, unread, 0)
             mss_clamp = _get(sock, "TCP_MAXSEG", TCP_MAXSEG)

@@ -194,6 +194,28 @@ def acknowledge_part(flow: Flow, injector: Injector, *, sequence: int, upto: int
                                        window=500, timestamps=None if stamp is None else (stamp, 0)))
 
 
+def test_nothing_is_read_as_sent_that_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the send queue is selected, the pacing timer takes segments for sent without sending them."""
+    timestamps(False)
+    moving, peer = pair("v4")
+    sequence = repair._sequence
+
+    def slowly(sock: socket.socket, queue: int) -> int:
+        found = sequence(sock, queue)
+        if queue == repair._SEND_QUEUE:
+            before = tcpinfo.unsent_bytes(sock)
+            until(lambda: tcpinfo.unsent_bytes(sock) < before, "the pacing timer")
+        return found
+
+    with moving, peer, deaf(Flow.of_socket(moving)):
+        moving.setsockopt(socket.SOL_SOCKET, 47, 100_000)  # SO_MAX_PACING_RATE
+        moving.setblocking(False)
+        written = moving.send(bytes(200_000))
+        monkeypatch.setattr(repair, "_sequence", slowly)
+        state = repair.read_state(moving, sockopt.read_all(moving), True, None)
+        assert 0 < written - state.unsent <= tcpinfo.unread_bytes(peer)
+
+
 @pytest.mark.parametrize("stamps", [True, False], ids=["timestamps", "bare"])
 @pytest.mark.parametrize("queues", ["empty", "both full", "partly acknowledged", "unsent"])
 @pytest.mark.parametrize("closing", [False, True], ids=["established", "close-wait"])
