@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, bool]] = {
     "release": ("cmd_release", False),
     "verify": ("cmd_verify", False),
     "serve": ("cmd_serve", False),
+    "demo": ("cmd_demo", False),
 }
 
 

@@ -32,15 +32,17 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"serve", "passing"}),
     frozenset({"batch", "drain", "dump"}),
     frozenset({"lab"}),
+    frozenset({"demo"}),
     frozenset({"cli"}),
     frozenset({"__init__"}),
     frozenset({"__main__"}),
 )
 APART = (frozenset({"origin", "destination"}),)
-#: Programs of their own, which the tests and `./dev lab` start: beside the product, not in it.
-LAB_PROGRAMS = frozenset({"lab/__main__.py", "lab/load.py", "lab/node.py"})
+#: Programs of their own, which the tests, `./dev lab`, the demo and the examples start: beside the product, not in it.
+#: They may use the package as any other program does.
+LAB_PROGRAMS = frozenset({"lab/__main__.py", "lab/load.py", "lab/node.py", "demo/file_server.py", "demo/example.py"})
 #: Who may use the lab: it is beside the product, not in it.
-LAB_USERS = frozenset({"lab", "cli/demo.py"})
+LAB_USERS = frozenset({"lab", "demo"})
 #: Nothing that tells the time, waits, logs, or does I/O; `socket` only for its constants and address texts.
 CORE_MAY_IMPORT = frozenset({"__future__", "collections", "contextlib", "dataclasses", "enum", "functools",
                              "ipaddress", "json", "re", "socket", "struct", "typing"})
@@ -116,7 +118,8 @@ def test_imports_point_down() -> None:
         own = top(file)
         for name, line in own_imports(file):
             apart = any(own in names and name in names for names in APART)
-            if name != own and (floor(name) > floor(own) or apart):
+            as_a_user = name == "__init__" and file in LAB_PROGRAMS
+            if name != own and not as_a_user and (floor(name) > floor(own) or apart):
                 wrong.append(f"{file}:{line} imports {name}, which is not below it")
     assert wrong == []
 

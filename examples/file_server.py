@@ -1,0 +1,1 @@
+../criu_tcpcp/demo/file_server.py
