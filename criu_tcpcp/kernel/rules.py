@@ -124,7 +124,8 @@ def _fence_component(version: int) -> Component:
     return Component(version, (_FENCED,), (
         Chain("fence_input", PREROUTING, -298, (
             nftables.mark_is(MARK) + nftables.accept(),
-            nftables.load_flow(version) + nftables.in_set(_FENCED) + nftables.drop())),
+            nftables.load_flow(version) + nftables.in_set(_FENCED) + nftables.refresh(_FENCED, LIFETIME_S)
+            + nftables.drop())),
         _output_drop("fence_output", _FENCED, version)))
 
 

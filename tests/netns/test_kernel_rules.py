@@ -254,6 +254,29 @@ def heard(host: Host, flow: Flow) -> Iterator[list[bytes]]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_the_packets_of_a_fenced_connection_keep_its_fence(version: int, lab: Lab) -> None:
+    """One whose fence expired while its peer still spoke would draw a RST from this host."""
+    moving, peer, flow = connect(lab, version)
+    family = "ip" if version == 4 else "ip6"
+
+    def expires_s() -> int:
+        said = json.loads(lab.origin.run(["nft", "-j", "list", "set", family, TABLE, "fenced"]).stdout)
+        (element,) = said["nftables"][1]["set"]["elem"]
+        return int(element["elem"]["expires"])
+
+    with rules_of(lab.origin, version) as rules:
+        rules.prepare_fence()
+        rules._table.add("fenced", [flow], 3600)
+        assert expires_s() <= 3600
+        peer.sendall(b"nobody hears this")
+        until(lambda: expires_s() > 3600, "the fence to last longer")
+        assert rules.unfence(flow)
+        assert rules.sweep()
+    moving.close()
+    peer.close()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_moved_connection_is_heard_at_the_next_hop_and_not_here(version: int, lab: Lab) -> None:
     before = leftovers(lab.origin)
     moving, peer, flow = connect(lab, version)
