@@ -338,3 +338,12 @@ def test_enter_and_identity_fail_with_the_kernels_number() -> None:
     assert raised.value.errno == errno.EINVAL
     with pytest.raises(KernelError, match="stat"):
         netns.identity("/run/netns/none")
+
+
+def test_one_processor_takes_all_packets_where_order_is_kept() -> None:
+    show = "cat /sys/class/net/*/queues/rx-*/rps_cpus"
+    with Lab() as lab:
+        lab.keep_order()
+        for host in lab.hosts.values():
+            masks = subprocess.check_output(["ip", "netns", "exec", host.netns.name, "sh", "-c", show], text=True)
+            assert {int(mask.replace(",", ""), 16) for mask in masks.split()} == {1}
