@@ -192,9 +192,9 @@ class World:
         self._captures = []
         return found
 
-    def knows_peer(self, port: int) -> None:
-        """The connection under test is the one from this port of the peer."""
-        addresses = [host.address(self.version) for host in (self.lab.origin, self.lab.peer)]
+    def knows_peer(self, port: int, address: object = None) -> None:
+        """The connection under test is the one from this port of the peer, or of another address there."""
+        addresses = [self.lab.origin.address(self.version), address or self.lab.peer.address(self.version)]
         self.flow = Flow(Endpoint(ipaddress.ip_address(str(addresses[0])), PORT),
                          Endpoint(ipaddress.ip_address(str(addresses[1])), port))
         self.node.wait_for("serving")

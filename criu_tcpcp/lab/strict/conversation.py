@@ -15,6 +15,7 @@ from .judge import Violation
 from .tcp import State, Tcp
 
 _CHUNK = 1 << 16
+_MORE = 50_000
 _AHEAD = 1 << 17  # bytes that wait for their acknowledgement, before more is written
 
 
@@ -37,6 +38,10 @@ class Conversation:
     @property
     def done(self) -> bool:
         return self.tcp.done
+
+    def stop(self) -> None:
+        """Come to an end."""
+        raise NotImplementedError
 
     def step(self, now: float) -> None:
         raise NotImplementedError
@@ -128,7 +133,8 @@ class RequestResponse(Conversation):
 
 class Streams(Conversation):
     """`send` bytes out and `receive` bytes in at the same time, at `rate` and `read_rate` bytes a second. Each end
-    closes behind its last byte."""
+    closes behind its last byte. `stop` asks for another end: that, in both directions, _MORE bytes more have arrived
+    (the connection is left as it is then)."""
 
     def __init__(self, tcp: Tcp, *, send: int, receive: int, rate: float | None = None, read_rate: float | None = None,
                  seed: int = 1, seed_in: int | None = None, patience_s: float = 10.0) -> None:
@@ -137,6 +143,7 @@ class Streams(Conversation):
         self._sending, self._reading = Pace(rate), Pace(read_rate)
         self._paced = rate is not None, read_rate is not None
         self._closed = False
+        self._enough: tuple[int, int] | None = None
         tcp.judge.fin_after = receive
 
     def step(self, now: float) -> None:
@@ -151,13 +158,24 @@ class Streams(Conversation):
             if self.sent == self._send and not self._closed:
                 self._closed = True
                 tcp.close(now)
-            if self.done and self.received + len(tcp.inbox) != self._receive:
+            if tcp.done and self.received + len(tcp.inbox) != self._receive:
                 raise Violation("stream", f"{self._receive} bytes were to come, {self.received} came")
         self._watch(now)
 
     @property
+    def _arrived(self) -> int:
+        """Of what we sent."""
+        return self.sent - self.tcp.unacknowledged
+
+    @property
     def done(self) -> bool:
+        if self._enough is not None and self._arrived >= self._enough[0] and self.received >= self._enough[1]:
+            return True
         return self.tcp.done and not self.tcp.inbox
+
+    def stop(self) -> None:
+        if self._enough is None:
+            self._enough = (min(self._arrived + _MORE, self._send), min(self.received + _MORE, self._receive))
 
     def _due(self, now: float) -> float | None:
         paced = (self._paced[0] and self.sent < self._send and self.tcp.unacknowledged < _AHEAD,

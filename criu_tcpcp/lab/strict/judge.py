@@ -9,7 +9,9 @@ What is certain of the other end, though packets may be lost both ways:
               acknowledged a byte that we sent with it. Its SND.UNA is not lower; what lies below is not sent again.
   ts floor    it echoes the timestamp of a segment that begins at or before its last acknowledgement (RFC 7323 4.3).
               When it acknowledges more than before, byte `acked` has come, in a segment of that kind: an older
-              timestamp than that byte was first sent with is stale.
+              timestamp than that byte was first sent with is stale. Not while it has holes: Linux ignores the timestamp
+              of a segment that fills one, if its acknowledgement is older than its successors' (net/ipv4/tcp_input.c,
+              tcp_ack: old_ack).
 
 A path that keeps the order of packets (`ordered`) makes three rules sharp that are not true of packets that overtake
 each other: acknowledgement, right edge and TSval never go back. A path that loses nothing (`lossless`) makes a gap in
@@ -74,6 +76,7 @@ class Judge:
         self._edge: int | None = None
         self._tsval: int | None = None
         self._tsecr: int | None = None
+        self._holes = False
         self._fin: int | None = None
         self._store = ByteStore()
         self._known_ack: int | None = None
@@ -160,6 +163,8 @@ class Judge:
 
     def _note(self, packet: Packet, start: int, ack: int) -> None:
         self._sent_end = max(start + packet.sequence_length, self._sent_end or 0)
+        # Blocks, or, from one that does not tell them, the same acknowledgement again.
+        self._holes = bool(packet.options.sack) or (ack == self._acked and not packet.payload_len and not self.sack)
         self._acked = max(ack, self._acked or 0)
         while self._pieces and self._pieces[0][0] <= self._acked:
             self._pieces.popleft()
@@ -248,7 +253,8 @@ class Judge:
             return
         if self._tsecr is not None and difference(tsecr, self._tsecr) < 0:
             raise Violation("tsecr", f"TSecr {tsecr} is older than the one before, {self._tsecr}", packet)
-        floor = self._pieces[0][1] if self._pieces and self._acked is not None and ack > self._acked else None
+        advances = self._acked is not None and ack > self._acked and not self._holes and not packet.options.sack
+        floor = self._pieces[0][1] if self._pieces and advances else None
         if floor is not None and difference(tsecr, floor) < 0:
             raise Violation("tsecr", f"TSecr {tsecr} is older than byte {(self._acked or 0) % MODULUS}, which it "
                             f"acknowledges and which was first sent at {floor} (RFC 7323 4.3)", packet)

@@ -65,7 +65,8 @@ class Tcp:
         self.inbox = bytearray()
         self.fin_received = False
         self.counts = dict.fromkeys(("sent", "received", "sent_again", "out_of_order", "duplicates", "probes_sent",
-                                     "probes_received", "zero_windows_sent", "zero_windows_received"), 0)
+                                     "probes_received", "zero_windows_sent", "zero_windows_received",
+                                     "sacks_received"), 0)
         self._packets: list[Packet] = []
         # sending
         iss = settings.iss + MODULUS
@@ -209,6 +210,8 @@ class Tcp:
         end = start + packet.sequence_length
         if not packet.window:
             self.counts["zero_windows_received"] += 1
+        if packet.options.sack:
+            self.counts["sacks_received"] += 1
         if self._is_old(packet) or not self._is_acceptable(start, end):
             self.counts["probes_received" if end == start else "duplicates"] += 1
             self._emit_ack(now)
