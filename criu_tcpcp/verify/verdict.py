@@ -5,7 +5,7 @@ A packet that crossed several capture points is one packet. So nothing is counte
 - The *truth* is the peer's capture: what reached the peer and what it sent, in its order. All packet assertions, the
   counts and the stall come from it. Without one, the egress captures merged by time stand in.
 - The *egress* captures, merged by time, show what left each host, also what got lost later: 1, 2, 3 and 6 are run
-  over them again (the clocks of the hosts are taken to agree), and their bytes share one memory with the truth's, so
+  over them again (their clocks are set by the peer's, `clocks`), and their bytes share one memory with the truth's, so
   that a byte that never arrived is compared too. What both streams object to is reported once.
 
 An egress capture must hold what its own host sends: where the destination's packets return through the origin, take
@@ -26,6 +26,7 @@ from .application import PeerRecord, check_application
 from .assertions import Acknowledgement, ControlFlags, OneOwner, RightEdge, SegmentSize, Timestamps
 from .assertions import Sequence as SequenceNumbers
 from .capture import Capture
+from .clocks import aligned
 from .connections import find_flow
 from .counters import check_counters
 from .iplayer import Constants
@@ -83,6 +84,10 @@ def verify(captures: Sequence[Capture], flow: Flow | None = None, expect: Expect
     if len(at_peer) > 1:
         raise CaptureError(f"{len(at_peer)} captures of {flow} claim to be the peer's: "
                            + ", ".join(capture.name for capture in at_peer))
+    clocks: list[str] = []
+    for capture in egress_captures if at_peer else ():
+        mine[id(capture)], said = aligned(mine[id(capture)], mine[id(at_peer[0])], flow, capture.name)
+        clocks += said
     egress = order([packet for capture in egress_captures for packet in mine[id(capture)]
                     if packet.outgoing is not False or packet.src == flow.peer])
     truth = order(mine[id(at_peer[0])]) if at_peer else egress
@@ -91,13 +96,13 @@ def verify(captures: Sequence[Capture], flow: Flow | None = None, expect: Expect
 
     hosts = _hosts(flow, truth if at_peer else [], egress_captures, mine, expect)
     roles = {capture.name: capture.role for capture in captures}
-    judge = _Judge(flow, expect, hosts, roles, truth, {capture.role for capture in egress_captures},
+    judge = _Judge(flow, expect, hosts, roles, truth, {capture.role for capture in captures} & set(_EGRESS),
                    _senders(flow, egress, roles))
     judge.run_truth(truth, strict=expect.loss_free or not at_peer)
     if at_peer and egress:
         judge.run_egress(egress)
     judge.finish(captures, at_peer=bool(at_peer))
-    violations, not_checked = judge.violations, judge.not_checked
+    violations, not_checked = judge.violations, judge.not_checked + clocks
     if counters is not None:
         violations += check_counters(*counters)
     else:

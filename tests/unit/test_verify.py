@@ -392,6 +392,31 @@ def test_egress_captures_alone_are_enough_for_most() -> None:
             verify(three(talk)[1:], FLOW, replace(STRICT, loss_free=False)).violations] == [2]
 
 
+@pytest.mark.parametrize("ahead_ms", [-5000, -3, 3, 5000])
+def test_clocks_that_disagree_are_set_by_the_packets(ahead_ms: int) -> None:
+    """Captured there: 1/4 ms after it was sent, each way. Without a correction the origin would speak too late."""
+    talk = passed()
+
+    def by_its_clock(capture: Capture, ahead_ns: int) -> Capture:
+        return replace(capture, packets=tuple(
+            replace(packet, time_ns=packet.time_ns + ahead_ns + (MS // 4 if packet.src == PEER else -MS // 4))
+            for packet in capture.packets))
+
+    at_peer, origin, destination = three(talk)
+    verdict = verify([at_peer, by_its_clock(origin, 0), by_its_clock(destination, 0)], FLOW, STRICT)
+    assert verdict.ok
+    assert not any("clock" in text for text in verdict.not_checked)
+    wrong = [at_peer, by_its_clock(origin, ahead_ms * MS), by_its_clock(destination, 0)]
+    verdict = verify(wrong, FLOW, STRICT)
+    assert verdict.violations == ()
+    assert (f"origin: its clock was corrected by {-ahead_ms:+.3f} ms, to within 0.250 ms: who of both hosts spoke "
+            "first is not told more exactly than that") in verdict.not_checked
+    talk.ack(ether_src=MACS[Role.ORIGIN])
+    at_peer, origin, destination = three(talk)
+    wrong = [at_peer, by_its_clock(origin, ahead_ms * MS), by_its_clock(destination, 0)]
+    assert [one.assertion for one in verify(wrong, FLOW, STRICT).violations] == [2]
+
+
 def test_one_source_address_does_not_tell_the_hosts() -> None:
     talk = passed()
     talk.packets = [replace(packet, ether_src=b"router") for packet in talk.packets]
