@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import criu_tcpcp
+from criu_tcpcp import verify
 from criu_tcpcp.core.errors import KernelError, Refused
 from criu_tcpcp.kernel.rawpacket import Sniffer
 from criu_tcpcp.lab import Lab, leftovers
 from criu_tcpcp.transport.target import LocalTarget
+from world import capturing
 
 pytestmark = pytest.mark.root
 
@@ -30,6 +32,8 @@ def connection(lab: Lab, version: int) -> tuple[socket.socket, socket.socket]:
 def test_get_create_activate(lab: Lab, version: int) -> None:
     """Restored at the origin host itself, whose address it is, once its first life has ended there silently."""
     before = leftovers(lab.origin)
+    path = lab.directory / "peer.pcap"
+    capture = capturing(lab.peer, path)
     peer, ours = connection(lab, version)
     with lab.origin.enter(), peer:
         peer.sendall(b"unread")
@@ -56,6 +60,11 @@ def test_get_create_activate(lab: Lab, version: int) -> None:
         alive.close()
         assert peer.recv(1) == b""
         ours.close()
+    capture.terminate()
+    capture.wait()
+    verdict = verify.verify([verify.parse(path.read_bytes(), "peer", verify.Role.PEER)], state.flow,
+                            verify.Expectations(loss_free=True, fin_passed=True, passes=0))
+    assert verdict.violations == ()
     assert leftovers(lab.origin) == before
 
 

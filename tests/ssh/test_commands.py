@@ -52,7 +52,7 @@ def test_check_tells_what_the_other_host_lacks() -> None:
 
 def test_from_list_to_release() -> None:
     """One connection's life with the tool, as an operator sees it."""
-    with conversation(register=False, captured=False) as (here, peer):
+    with conversation(register=False) as (here, peer):
         exchange(peer, b"before")
         origin, destination = here.lab.origin, here.lab.destination
         rows = [json.loads(line) for line in here.listed("--json").splitlines()]
@@ -90,6 +90,7 @@ def test_from_list_to_release() -> None:
         assert origin.run([COMMAND, "release"]).stdout == f"released {report['id']} (origin)\n"
         assert destination.run([COMMAND, "release", report["id"]]).stdout == f"released {report['id']} (destination)\n"
         assert destination.run([COMMAND, "release", report["id"]]).stdout == "nothing to release\n"
+        here.prove()
         assert here.release() == []
 
 
@@ -113,7 +114,7 @@ def test_a_connection_to_the_host_itself_is_not_passable() -> None:
 
 
 def test_the_report_for_people() -> None:
-    with conversation(register=False, captured=False) as (here, peer):
+    with conversation(register=False) as (here, peer):
         argv = [word for word in here.pass_argv("-v") if word != "--json"]
         said = here.lab.origin.run(argv).stdout
         here.owner = here.lab.destination
@@ -124,4 +125,5 @@ def test_the_report_for_people() -> None:
         peer.shutdown(socket.SHUT_WR)
         assert peer.recv(1) == b""
         here.node.wait_for("end")
+        here.prove(passes=1)
         assert here.release() == []
