@@ -114,7 +114,7 @@ def _enlarged(root: ElementTree.Element, record: Record, switch: Switch) -> None
     top = max((kilobytes(one.end) for one in near), default=1.0)
     room = (top - bottom) * 0.04
     panel = _Panel(root, _RIGHT_PANEL, (low, high), (bottom - room, top + room))
-    panel.draw(f"the pass: {switch.silence_ms:.1f} ms without a packet, from the {switch.old} to the {switch.new}",
+    panel.draw(f"the pass: {switch.silence_ms:.1f} ms without a packet from either host",
                f"time since the last packet of the {switch.old}, ms", f"place from the {switch.new}'s first byte, kB",
                [(0.0, switch.silence_ms)])
     steps = "".join(f"H{panel.at_x(time):.1f}V{panel.at_y(kilobytes(place)):.1f}" for time, place in acknowledged
