@@ -25,7 +25,7 @@ from .core.options import OptionValue
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
 from .core.state import ConnectionState
 from .executor import event_of
-from .journal import Journal
+from .journal import LOST_MARK, Journal
 from .kernel import repair, routing, sockdiag, sockopt
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules
@@ -101,8 +101,10 @@ class Destination:
         if used is not None:
             raise Refused(f"the destination has a connection {flow} already (state {used.label})")
         self._graft = graft.find(self._into, flow)
-        self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local)
+        self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local,
+                           taker=self._graft.taker.to_json())
         self.journal.draft("committed")
+        self.journal.reserve(LOST_MARK)
         self._make_rules()
 
     def _make_rules(self) -> None:
@@ -263,6 +265,9 @@ class Destination:
     def _write_active(self) -> None:
         self.journal.write("active")
 
+    def _write_lost(self) -> None:
+        self.journal.set_mark(LOST_MARK)
+
     def _send_active(self) -> None:
         self._wire.send(messages.Active(self.journal.pass_id, list(self.left), list(self.notes),
                                         [list(step) for step in self.steps]))
@@ -319,6 +324,10 @@ class Destination:
         state."""
         state = self._decoded()
         self._graft = graft.find(self._into, self.flow)
+        # It may have lived with that program, and have ended with it: the peer has moved on since.
+        staged = self.journal.field("staged")
+        if self.journal.has_mark(LOST_MARK) or staged is None or staged["taker"] != self._graft.taker.to_json():
+            raise Refused("the program that had the connection is not there any more")
         left = self._graft.reclaim(self.journal.pass_id)
         self._delivered = left.delivered
         if self._delivered:
@@ -342,5 +351,6 @@ class Destination:
         Action.SEND_PREPARED: _send_prepared, Action.CHECK_TARGET: _check_target,
         Action.DECIDE_COMMITTED: _decide_committed, Action.DECIDE_ABORTED: _decide_aborted,
         Action.UNFENCE: _unfence, Action.DISCARD: _discard, Action.ACTIVATE: _activate,
-        Action.RECLAIM: _reclaim, Action.WRITE_ACTIVE: _write_active, Action.SEND_COMMITTED: _send_committed,
+        Action.RECLAIM: _reclaim, Action.WRITE_ACTIVE: _write_active, Action.WRITE_LOST: _write_lost,
+        Action.SEND_COMMITTED: _send_committed,
         Action.SEND_ACTIVE: _send_active, Action.SEND_ABORTED: _send_aborted, Action.SEND_LOST: _send_lost}

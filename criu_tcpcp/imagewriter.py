@@ -29,7 +29,7 @@ from .core.image import Image, decode, read_inet_sk
 from .core.imageset import Owner
 from .core.messages import Message, Stage
 from .executor import event_of
-from .journal import DESTINATION, Journal
+from .journal import DESTINATION, LOST_MARK, Journal
 from .kernel import process
 from .transport.wire import Wire
 
@@ -66,6 +66,7 @@ class ImageWriter:
             read_inet_sk(stage.inet_sk)
             # Not under "flow": no rule of this host is this side's, and none may be taken away with it.
             side.journal.write("images", place=str(place), connection=str(side.flow), flow_json=side.flow.to_json())
+            side.journal.reserve(LOST_MARK)
             imagedir.begin(place, stage.pass_id)
         except BaseException:
             side._take_back()
@@ -188,6 +189,9 @@ class ImageWriter:
     def _send_committed(self) -> None:
         self._wire.send(messages.Committed(self.journal.pass_id))
 
+    def _write_lost(self) -> None:
+        self.journal.set_mark(LOST_MARK)
+
     def _send_active(self) -> None:
         self._wire.send(messages.Active(self.journal.pass_id, list(self.left), [],
                                         [list(step) for step in self.steps]))
@@ -211,7 +215,8 @@ class ImageWriter:
         Action.SEND_PREPARED: _send_prepared, Action.CHECK_TARGET: _check_target,
         Action.DECIDE_COMMITTED: _decide_committed, Action.DECIDE_ABORTED: _decide_aborted,
         Action.UNFENCE: _nothing, Action.DISCARD: _take_back, Action.ACTIVATE: _publish,
-        Action.RECLAIM: _reclaim, Action.WRITE_ACTIVE: _write_active, Action.SEND_COMMITTED: _send_committed,
+        Action.RECLAIM: _reclaim, Action.WRITE_ACTIVE: _write_active,
+        Action.WRITE_LOST: _write_lost, Action.SEND_COMMITTED: _send_committed,
         Action.SEND_ACTIVE: _send_active, Action.SEND_ABORTED: _send_aborted, Action.SEND_LOST: _send_lost}
 
 

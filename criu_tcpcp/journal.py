@@ -31,6 +31,7 @@ Verdict = Literal["committed", "aborted"]
 ORIGIN: Side = "origin"
 DESTINATION: Side = "destination"
 
+LOST_MARK = "lost"  # of the destination: what lived there has ended there
 #: The last record of an origin's journal while the pass's end is not known.
 UNSETTLED = ("offered", "let go", "committed")
 
@@ -174,6 +175,22 @@ class Journal:
                 os.unlink(self.directory / name)
             except FileNotFoundError:
                 return
+
+    # -- what must be writable on a full disk ------------------------------------------------------------------------
+
+    def reserve(self, mark: str) -> None:
+        """See that `set_mark` will need no space."""
+        with _explained("write to the journal"):
+            os.close(os.open(self.directory / f".{mark}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+    def set_mark(self, mark: str) -> None:
+        """One rename. JournalError where it was not reserved; set already, it stays."""
+        if not self.has_mark(mark):
+            with _explained("write to the journal"):
+                os.rename(self.directory / f".{mark}", self.directory / mark)
+
+    def has_mark(self, mark: str) -> bool:
+        return (self.directory / mark).exists()
 
     # -- the commit point ---------------------------------------------------------------------------------------------
 

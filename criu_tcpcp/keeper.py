@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from .core import handoff
 from .core.errors import ExitCode, Owner, TcpcpError
-from .core.handoff import ORIGIN_FINAL, OWNER, Event, OriginState
+from .core.handoff import ORIGIN_FINAL, OWNER, Action, Event, OriginState
 from .executor import Executor, without_garbage_collection
 from .inventory import Connection
 from .journal import Journal
@@ -101,16 +101,18 @@ def run(control: socket.socket, journal: Journal, connection: Connection, target
         except TcpcpError as error:  # before the machine ran: nothing was touched
             executor.failure = executor.failure or error
         report = make_report(origin, executor)
-        finish_journal(journal, executor.machine.state)
+        finish_journal(journal, executor)
         return report
     finally:
         with netns.enter(origin.namespace):
             origin.close()
 
 
-def finish_journal(journal: Journal, state: OriginState) -> None:
-    """Of a pass that left nothing here, nothing is kept."""
-    if state in (OriginState.READY, OriginState.ROLLED_BACK) and journal.exists():
+def finish_journal(journal: Journal, executor: Executor[OriginState]) -> None:
+    """Of a pass that left nothing here, nothing is kept; by the record of one whose undoing failed, `release` finds
+    its rules."""
+    undone = not any(one.startswith(Action.UNDO.value) for one in executor.left)
+    if executor.machine.state in (OriginState.READY, OriginState.ROLLED_BACK) and undone and journal.exists():
         journal.remove()
 
 
@@ -128,6 +130,8 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
         notes.append("this kernel cannot queue packets: what came meanwhile was dropped, and the peer sent it again")
     code, error, hint = ExitCode.OK, None, ""
     cause = _cause(origin, executor)
+    if state in (OriginState.DONE, OriginState.LOST) and origin.journal.last() not in ("done", "lost"):
+        left.append(f"the end could not be written: criu-tcpcp resolve {origin.journal.pass_id} tries it again")
     if state is OriginState.DONE:
         code = ExitCode.UNCLEAN if left else ExitCode.OK
         error = "; ".join(left) or None

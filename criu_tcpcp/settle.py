@@ -26,10 +26,10 @@ from .greeting import greet
 from .imagewriter import take_away_remnant
 from .inventory import Connection
 from .journal import Journal, structure_lock
-from .keeper import make_report
+from .keeper import finish_journal, make_report
 from .kernel import netns, process, routing, sockdiag, syscalls
 from .kernel.rules import HostRules, host_rules
-from .origin import Origin
+from .origin import STATE_FILE, Origin
 from .redirect.forward import DivertAtDestination
 from .report import Report
 from .transport.link import open_link
@@ -146,6 +146,7 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
         if not mine:
             raise InDoubt(f"another process is settling pass {pass_id} at this moment", hint="criu-tcpcp passes")
         if journal.last() not in journals.UNSETTLED:
+            journal.forget(STATE_FILE)  # its process may have ended before it did
             return settled_report(journal)
         if journal.field("offered")["boot"] != syscalls.boot_id():  # type: ignore[index]
             journal.write("lost")
@@ -166,8 +167,7 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
             with netns.enter(origin.namespace):
                 executor.run(event)
             report = make_report(origin, executor)
-            if executor.machine.state is OriginState.ROLLED_BACK:
-                journal.remove()
+            finish_journal(journal, executor)
             return report
         finally:
             with netns.enter(origin.namespace):
@@ -360,7 +360,8 @@ def sweep_host() -> None:
 
 
 def _undo_staged(journal: Journal) -> None:
-    journal.decide("aborted")
+    if journal.decide("aborted") == "committed":
+        return
     staged = journal.field("staged")
     if staged is not None and not _in_use_by_another(journal):
         flow = Flow.from_json(staged["flow"])

@@ -15,7 +15,8 @@ Rules that the tables keep:
     undoes everything; from there on the journal says that the destination must be asked, whatever was made by then.
   * The destination can hear and speak before it says Committed: what the origin then releases must not be dropped.
   * The destination leaves repair only after COMMITTED is written; it says Aborted only after ABORTED is written.
-  * The origin forgets the state only on Active.
+  * The origin forgets the state only on Active, or when the connection is lost, and when that is written.
+  * What lived at the destination and ended there is not made again: the loss is written before it is said.
   * Doubt costs one connection, not the server: when it lasts, the origin process runs again with that descriptor dead
     (OVERDUE). That is written first; from then on the connection lives at the destination, or nowhere.
 """
@@ -112,7 +113,7 @@ class Action(enum.StrEnum):
 #: A failure of these is noted and the rest goes on: either the outcome is decided already and written elsewhere, or the
 #: kernel keeps it. (A journal that cannot be written after the commit point still says "offered": it is asked again.)
 BEST_EFFORT = frozenset({
-    Action.WRITE_COMMITTED, Action.WRITE_DONE, Action.WRITE_ABORTED, Action.WRITE_LOST, Action.WRITE_ACTIVE,
+    Action.WRITE_COMMITTED, Action.WRITE_ABORTED, Action.WRITE_ACTIVE,
     Action.FORGET, Action.SEND_ABORT, Action.SEND_ABORTED, Action.SEND_ACTIVE, Action.SEND_LOST, Action.SEND_COMMITTED,
     Action.REDIRECT, Action.END, Action.RESUME, Action.UNDO, Action.DISCARD})
 
@@ -168,7 +169,7 @@ def _origin_table() -> _OriginTable:
     ask = (_A.RECONNECT, _A.SEND_QUERY)
     take_leave = (_A.WRITE_COMMITTED, _A.REDIRECT, _A.END, _A.RESUME)
     let_go = (_A.END, _A.RESUME)
-    done = (_A.FORGET, _A.WRITE_DONE)
+    done = (_A.WRITE_DONE, _A.FORGET)
     lost = Transition(_O.LOST, (_A.WRITE_LOST, _A.FORGET))
     table: _OriginTable = {
         (_O.READY, _E.START): Transition(_O.PREPARING, (_A.WRITE_INTENT, _A.QUIESCE, _A.STOP, _A.HOLD, _A.EXTRACT,
@@ -202,17 +203,19 @@ def _origin_table() -> _OriginTable:
         (_O.LET_GO, _E.ACTIVE): Transition(_O.DONE, (*take_leave, *done)),
         (_O.LET_GO, _E.ABORTED): lost,
         (_O.LET_GO, _E.REBOOTED): lost,
-        (_O.LET_GO, _E.FORCED): lost,
+        (_O.LET_GO, _E.FORCED): Transition(_O.LOST, (*let_go, _A.WRITE_LOST, _A.FORGET)),
         (_O.LET_GO, _E.LOST): lost,
         (_O.UNCONFIRMED, _E.DONE): Transition(_O.UNCONFIRMED),
         (_O.UNCONFIRMED, _E.COMMITTED): Transition(_O.UNCONFIRMED, (_A.SEND_ACTIVATE,)),
         (_O.UNCONFIRMED, _E.ACTIVE): Transition(_O.DONE, done),
         (_O.UNCONFIRMED, _E.LOST): lost,
         (_O.UNCONFIRMED, _E.REBOOTED): lost,
-        (_O.UNCONFIRMED, _E.ABORTED): Transition(_O.DONE, done),  # it was settled there, and released
+        (_O.UNCONFIRMED, _E.ABORTED): Transition(_O.DONE, done),  # released by force there
         (_O.DONE, _E.DONE): Transition(_O.DONE),
+        (_O.DONE, _E.FAILED): Transition(_O.DONE),  # not written, so nothing is forgotten: it can be asked again
         (_O.ROLLED_BACK, _E.DONE): Transition(_O.ROLLED_BACK),
         (_O.LOST, _E.DONE): Transition(_O.LOST),
+        (_O.LOST, _E.FAILED): Transition(_O.LOST),
     }
     for state in (_O.READY, _O.PREPARING, _O.PREPARED, _O.OFFERING):
         for event in (_E.FAILED, _E.CANCEL, _E.LINK_LOST, _E.TIMEOUT, _E.ABORTED):
@@ -247,7 +250,7 @@ def _destination_table() -> _DestinationTable:
         (_D.DECIDING, _E.DECIDED_COMMITTED): Transition(_D.COMMITTED, (_A.UNFENCE, _A.SEND_COMMITTED, *activate)),
         (_D.DECIDING, _E.DECIDED_ABORTED): Transition(_D.ABORTED, (_A.DISCARD, _A.SEND_ABORTED)),
         (_D.COMMITTED, _E.DONE): Transition(_D.ACTIVE, (_A.SEND_ACTIVE,)),
-        (_D.COMMITTED, _E.FAILED): Transition(_D.LOST, (_A.DISCARD, _A.SEND_LOST)),
+        (_D.COMMITTED, _E.FAILED): Transition(_D.LOST, (_A.WRITE_LOST, _A.DISCARD, _A.SEND_LOST)),
         (_D.ASKED, _E.DECIDED_ABORTED): Transition(_D.ABORTED, (_A.DISCARD, _A.SEND_ABORTED)),
         (_D.ASKED, _E.DECIDED_COMMITTED): Transition(_D.INTERRUPTED, (_A.SEND_COMMITTED,)),
         (_D.ASKED, _E.DECIDED_ACTIVE): Transition(_D.ACTIVE, (_A.SEND_ACTIVE,)),
@@ -259,6 +262,7 @@ def _destination_table() -> _DestinationTable:
         (_D.ACTIVE, _E.DONE): Transition(_D.ACTIVE),
         (_D.ABORTED, _E.DONE): Transition(_D.ABORTED),
         (_D.LOST, _E.DONE): Transition(_D.LOST),
+        (_D.LOST, _E.FAILED): Transition(_D.LOST, (_A.DISCARD,)),  # not written: nothing is said, and it is asked again
         # Without a written decision nothing is said: the origin stays in doubt and asks again.
         (_D.DECIDING, _E.FAILED): Transition(_D.READY),
         (_D.ASKED, _E.FAILED): Transition(_D.READY),

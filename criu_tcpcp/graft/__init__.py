@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ..core.endpoint import Flow
 from ..core.errors import Refused, UsageError
+from ..kernel.process import Identity
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class Reclaimed:
 
 
 class Graft(Protocol):
-    """One way in, for one pass."""
+    """One way in, for one pass. `taker`: the process that the connection is for."""
 
     description: str
+    taker: Identity
 
     def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None: ...
     def check(self) -> None: ...

@@ -29,6 +29,7 @@ class ToReceiver:
         pid, uid = conversation.peer()
         self.path = path
         self.uid = uid
+        self.taker = process.identity(pid)
         self.description = f"receiver {path} ({process.name(pid)}, process {pid})"
 
     def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None:

@@ -17,6 +17,9 @@ class Identity:
     pid: int
     start_time: int
 
+    def to_json(self) -> list[int]:
+        return [self.pid, self.start_time]
+
 
 def identity(pid: int) -> Identity:
     """Refused where there is no such process, or it is a zombie or a kernel thread."""

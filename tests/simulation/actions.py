@@ -79,6 +79,8 @@ class _Side:
     def perform(self, action: Action, part: int) -> Event | None:
         world, process = self.world, self.process
         failing, process.failing = process.failing, ""
+        if action is Action.WRITE_LOST and isinstance(self, DestinationSide):
+            failing = ""  # one rename
         try:
             if failing == "before" or (failing and action in _WRITES):
                 self.excuse(action)
@@ -341,9 +343,11 @@ class DestinationSide(_Side):
 
     def _graft(self) -> None:
         self._need_program()
-        sock = self.world.d_socket
+        sock, journal = self.world.d_socket, self.world.destination.journal
         if sock is None or sock is not self._socket:
             raise ActionFailed("no socket")
+        if journal is None or journal.taker != self.world.d_program_number:
+            raise ActionFailed("the program that was asked has gone")
         sock.program = True
         sock.conversation = self.process
 
@@ -416,6 +420,11 @@ class DestinationSide(_Side):
     def _write_active(self) -> None:
         write(self.world.destination, "active")
 
+    def _write_lost(self) -> None:
+        if self.world.destination.journal is None:
+            raise ActionFailed("there is no journal")
+        self.world.destination.journal.records.append("lost")  # a mark that was reserved: it needs no space
+
     def _send_active(self) -> None:
         self._send(Event.ACTIVE)
 
@@ -449,6 +458,9 @@ class DestinationSide(_Side):
     def _reclaim(self) -> None:
         world = self.world
         self._need_program()
+        journal = world.destination.journal
+        if journal is None or "lost" in journal.records or journal.taker != world.d_program_number:
+            raise ActionFailed("the program that had the connection is not there any more")
         if world.d_delivered:
             self._delivered = True
             return
@@ -467,7 +479,8 @@ class DestinationSide(_Side):
         Action.DECIDE_COMMITTED: (_decide_committed,), Action.DECIDE_ABORTED: (_decide_aborted,),
         Action.DISCARD: (_discard_sockets, _remove_rules, _remove_journal), Action.UNFENCE: (_unfence,),
         Action.ACTIVATE: (_leave_repair, _deliver), Action.RECLAIM: (_reclaim,),
-        Action.WRITE_ACTIVE: (_write_active,), Action.SEND_COMMITTED: (_send_committed,),
+        Action.WRITE_ACTIVE: (_write_active,), Action.WRITE_LOST: (_write_lost,),
+        Action.SEND_COMMITTED: (_send_committed,),
         Action.SEND_ACTIVE: (_send_active,), Action.SEND_ABORTED: (_send_aborted,), Action.SEND_LOST: (_send_lost,)}
 
 

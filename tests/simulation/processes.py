@@ -220,6 +220,7 @@ class Processes:
             write(host, "claimed")
             yield None
             write(host, "staged")
+            journal.taker = world.d_program_number
             room(host)  # for the draft of the verdict
         except ActionFailed:
             host.journal = None

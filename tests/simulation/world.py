@@ -75,7 +75,7 @@ class Link:
 class Directory:
     """One side's journal of the pass."""
 
-    __slots__ = ("boot", "lock", "records", "state", "verdict")
+    __slots__ = ("boot", "lock", "records", "state", "taker", "verdict")
 
     def __init__(self) -> None:
         self.records: list[str] = []
@@ -83,6 +83,7 @@ class Directory:
         self.state = False
         self.lock: Process | None = None
         self.boot = 0  # the destination's, that intent names
+        self.taker = 0  # the program that the connection is for
 
 
 class Host:
@@ -144,6 +145,7 @@ class World:
         self.o_redirect = False
         # the destination's
         self.d_program = True
+        self.d_program_number = 1  # another process, another number
         self.d_delivered = False  # what the program remembers
         self.d_socket: Socket | None = None
         self.d_fence = False
@@ -217,6 +219,7 @@ class World:
     def d_program_dies(self) -> None:
         sock = self.d_socket
         self.d_program = False
+        self.d_program_number += 1
         self.d_delivered = False
         if self.committed_boot or sock is not None:
             self.excuses.add("the destination's program died")

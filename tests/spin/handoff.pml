@@ -91,6 +91,7 @@ bit o_hung_up[2];
 bit directory = 1;
 byte verdict;                   /* 0, 1 committed, 2 aborted */
 bit written_active;
+bit written_lost;
 byte lock = 1;                  /* slot + 1 */
 byte sock;                      /* 0, 1 dormant, 2 alive */
 byte sock_of;                   /* the serve that has it, slot + 1 */
@@ -352,10 +353,11 @@ inline serve_performs(i)
         fi
     :: s_act[i] == A_RECLAIM ->
         if
-        :: delivered -> s_delivered[i] = 1
-        :: !delivered && sock > 0 && in_program ->
+        :: written_lost -> failed = 1
+        :: !written_lost && delivered -> s_delivered[i] = 1
+        :: !written_lost && !delivered && sock > 0 && in_program ->
             d_fence = 1; sock_of = i + 1; told_by = i + 1; s_has[i] = 1
-        :: !delivered && !(sock > 0 && in_program) -> d_fence = 1; restore(i); graft(i)
+        :: !written_lost && !delivered && !(sock > 0 && in_program) -> d_fence = 1; restore(i); graft(i)
         fi
     :: s_act[i] == A_DISCARD ->
         if
@@ -368,6 +370,7 @@ inline serve_performs(i)
         :: else
         fi
     :: s_act[i] == A_WRITE_ACTIVE -> written_active = 1
+    :: s_act[i] == A_WRITE_LOST -> written_lost = 1
     :: s_act[i] == A_SEND_COMMITTED -> to_origin(i, E_COMMITTED)
     :: s_act[i] == A_SEND_ACTIVE -> to_origin(i, E_ACTIVE)
     :: s_act[i] == A_SEND_ABORTED -> to_origin(i, E_ABORTED)

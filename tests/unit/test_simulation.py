@@ -34,34 +34,29 @@ from wrong_protocols import WRONG
 A, E, Org, Dst = Action, Event, OriginState, DestinationState
 SEEDS, BATCHES = 100_000, 8
 
-#: What the present tables are known to do wrong, each with a seed that shows it. A seed that no longer does means that
-#: the line has to go.
-KNOWN = {
-    Property.REPLAYED: 342,  # Lost is written nowhere at the destination: asked again, it makes the connection anew
-    Property.FORGOTTEN: 2925,  # FORGET, then WRITE_DONE or WRITE_LOST fails
-    Property.UNTOLD: 973,  # the same, and the destination has released the pass since
-    Property.STOPPED: 3323,  # (LET_GO, FORCED) neither ends nor resumes
+#: In the tables, and never taken though the machine may wait there. By side: the states of both are strings, and some
+#: are the same.
+NEVER: dict[str, dict[tuple[Any, Event], str]] = {
+    "origin": {(Org.UNCONFIRMED, E.ABORTED): "only after `release --force` at the destination"},
+    "destination": {(Dst.PREPARED, E.CANCEL): "a serve has no operator",
+                    (Dst.LOST, E.FAILED): "a mark that was reserved is one rename"},
 }
-
-#: In the tables, and never taken though the machine may wait there.
-NEVER = {
-    (Dst.PREPARED, E.CANCEL): "a serve has no operator",
-}
-#: Only what an older session said brings these, late: an answer to a question says nothing of the kind.
+#: Not in every batch. Only what an older session said brings the first three, late: an answer to a question says
+#: nothing of the kind. And where a serve waits for Activate in vain, mostly the link has ended.
 SELDOM: dict[str, set[tuple[Any, Event]]] = {
     "origin": {(Org.DOUBT, E.LOST), (Org.LET_GO, E.LOST)},
-    "destination": {(Dst.INTERRUPTED, E.QUERY)},
+    "destination": {(Dst.INTERRUPTED, E.QUERY), (Dst.INTERRUPTED, E.TIMEOUT)},
 }
 
 
-def reachable(table: dict[Any, Any], begins: list[tuple[Any, Event]], final: frozenset[Any],
-              found: dict[Action, set[Event]]) -> set[tuple[Any, Event]]:
+def reachable(table: dict[Any, Any], never: dict[tuple[Any, Event], str], begins: list[tuple[Any, Event]],
+              final: frozenset[Any], found: dict[Action, set[Event]]) -> set[tuple[Any, Event]]:
     """The pairs of a table that an Executor can come to. After actions their outcome follows, and nothing else; all
     other events are heard where the machine waits: in a state that was entered without actions, and is not final."""
     known, todo = set[tuple[Any, Event]](), list(begins)
     while todo:
         pair = todo.pop()
-        if pair in known or pair not in table or pair in NEVER:
+        if pair in known or pair not in table or pair in never:
             continue
         known.add(pair)
         transition = table[pair]
@@ -83,12 +78,13 @@ DECIDED = {E.DECIDED_COMMITTED, E.DECIDED_ABORTED, E.DECIDED_ACTIVE}
 NOT_HEARD = {E.FAILED, E.REBOOTED, E.FORCED, E.RECOVER, E.OVERDUE, *DECIDED}
 REACHABLE: dict[str, set[tuple[Any, Event]]] = {
     # The keeper begins; resolve, from what the journal says.
-    "origin": reachable(ORIGIN, [(Org.READY, E.START), (Org.DOUBT, E.TIMEOUT), (Org.DOUBT, E.FORCED),
-                                 (Org.LET_GO, E.RECOVER), (Org.LET_GO, E.FORCED), (Org.COMMITTED, E.RECOVER)],
+    "origin": reachable(ORIGIN, NEVER["origin"],
+                        [(Org.READY, E.START), (Org.DOUBT, E.TIMEOUT), (Org.DOUBT, E.FORCED), (Org.LET_GO, E.RECOVER),
+                         (Org.LET_GO, E.FORCED), (Org.COMMITTED, E.RECOVER)],
                         handoff.ORIGIN_FINAL, {A.RECONNECT: {E.REBOOTED, E.OVERDUE}}),
     # A serve begins by waiting, or with a question.
-    "destination": reachable(DESTINATION, [(Dst.READY, event) for event in Event], handoff.DESTINATION_FINAL,
-                             dict.fromkeys(DECISIONS, DECIDED)),
+    "destination": reachable(DESTINATION, NEVER["destination"], [(Dst.READY, event) for event in Event],
+                             handoff.DESTINATION_FINAL, dict.fromkeys(DECISIONS, DECIDED)),
 }
 
 
@@ -102,20 +98,12 @@ def test_every_pass_comes_to_one_owner_and_a_clean_end(batch: int) -> None:
         try:
             owners[simulate(seed, taken=taken).owner] += 1
         except Violation as violation:
-            if violation.property not in KNOWN:
-                failures.append(f"{violation}\n    python -m tests.simulation {seed}")
+            failures.append(f"{violation}\n    python -m tests.simulation {seed}")
     assert not failures, "\n".join(failures[:5])
     for side, seen in (("origin", taken.origin), ("destination", taken.destination)):
         assert REACHABLE[side] - SELDOM[side] - seen == set(), f"never taken at the {side}"
         assert seen - REACHABLE[side] == set(), f"thought to be out of reach at the {side}"
     assert min(owners["origin"], owners["destination"], owners["nobody"]) > SEEDS / BATCHES / 20, owners
-
-
-@pytest.mark.parametrize("broken", KNOWN)
-def test_what_is_known_to_be_wrong_still_is(broken: Property) -> None:
-    with pytest.raises(Violation) as caught:
-        simulate(KNOWN[broken])
-    assert caught.value.property is broken
 
 
 # -- wrong protocols ---------------------------------------------------------------------------------------------------
@@ -193,12 +181,14 @@ def test_a_seed_says_it_all() -> None:
 
 def test_a_seed_can_be_replayed_by_hand() -> None:
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-m", "tests.simulation", str(KNOWN[Property.REPLAYED])], cwd=root,
-                          text=True, capture_output=True, check=False)
-    assert done.returncode == 1
-    assert done.stdout.splitlines()[-1] == f"violated: {Property.REPLAYED.value}"
-    assert "keeper: write offered" in done.stdout
-    assert done.stderr == ""
+    log: list[str] = []
+    result = simulate(342, log=log)
+    done = subprocess.run([sys.executable, "-m", "tests.simulation", "342"], cwd=root, text=True, capture_output=True,
+                          check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "keeper: write offered" in log
+    assert done.stdout.splitlines()[:-1] == log
+    assert done.stdout.splitlines()[-1].startswith(f"owner: {result.owner}")
 
 
 class Scripted:
