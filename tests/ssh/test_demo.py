@@ -24,8 +24,8 @@ from world import COMMAND
 
 pytestmark = pytest.mark.root
 
-SIZE = 96 << 20
-RATE = 8.0
+SIZE = 128 << 20
+RATE = 16.0
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -56,7 +56,7 @@ def test_it_plays(name: str) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_download_is_passed_ten_times() -> None:
-    out = play("file_server", "--passes", "10", "--rate", "4")
-    assert out.count(Stream(download.SEED).sha256(256 * MB)) == 2
+    out = play("file_server", "--passes", "10", "--size", "768", "--rate", "16")
+    assert out.count(Stream(download.SEED).sha256(768 * MB)) == 2
     assert out.count("# criu-tcpcp pass") == 10
     assert re.search(r"^passes: 10; .*wire assertions violated: 0$", out, re.MULTILINE), out
