@@ -45,14 +45,17 @@ def get(sock: socket.socket) -> ConnectionState:
     options = sockopt.read_all(sock)
     info = tcpinfo.read(sock)
     ts_recent: int | None = None
+    last_tsval: int | None = None
     if info.options & tcp.OPT_TIMESTAMPS:
         sniffer, injector = Sniffer(flow), Injector(flow.ip_version, MARK)
         try:
             ts_recent = learn_ts_recent(sock, flow, sniffer, injector, _PROBE_TIMEOUT_S)
+            stamps = sniffer.newest()
+            last_tsval = stamps[0] if stamps is not None else None
         finally:
             sniffer.close()
             injector.close()
-    return repair.read_state(sock, options, not sock.getblocking(), ts_recent)
+    return repair.read_state(sock, options, not sock.getblocking(), ts_recent, last_tsval)
 
 
 def end(sock: socket.socket) -> None:

@@ -93,6 +93,7 @@ class Sniffer:
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
+        self._newest: tuple[int, int] | None = None
         with failing("socket(AF_PACKET)"):
             # Protocol 0 first: nothing is received before the filter is in place.
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0)
@@ -110,22 +111,24 @@ class Sniffer:
         deadline = time.monotonic() + timeout_s
         poller = select.poll()
         poller.register(self._socket, select.POLLIN)
-        found: int | None = None
-        while found is None:
+        while (stamps := self.newest()) is None:
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not poller.poll(remaining * 1000):
                 return None
-            while True:
-                try:
-                    data = self._socket.recv(256)
-                except BlockingIOError:
-                    break
-                stamps = _timestamps(data, self._flow.ip_version)
-                found = stamps[1] if stamps is not None else found
-        return found
+        return stamps[1]
+
+    def newest(self) -> tuple[int, int] | None:
+        """(TSval, TSecr) of the newest segment that left since `drain`; None if none did."""
+        while True:
+            try:
+                data = self._socket.recv(256)
+            except BlockingIOError:
+                return self._newest
+            self._newest = _timestamps(data, self._flow.ip_version) or self._newest
 
     def drain(self) -> None:
         """Forget what left so far."""
+        self._newest = None
         while True:
             try:
                 self._socket.recv(1)

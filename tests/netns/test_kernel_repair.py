@@ -216,6 +216,27 @@ def test_nothing_is_read_as_sent_that_never_left(monkeypatch: pytest.MonkeyPatch
         assert 0 < written - state.unsent <= tcpinfo.unread_bytes(peer)
 
 
+def test_the_clock_does_not_fall_behind_what_a_paced_sender_put_on_its_last_segment(injector: Injector) -> None:
+    """That bears the time at which the next burst may leave."""
+    timestamps(True)
+    moving, peer = pair("v4")
+    flow = Flow.of_socket(moving)
+    sniffer = Sniffer(flow)
+    with moving, peer, contextlib.closing(sniffer):
+        moving.setsockopt(socket.SOL_SOCKET, 47, 10_000)  # SO_MAX_PACING_RATE: seconds between two bursts
+        moving.sendall(bytes(60_000))
+        moving.settimeout(None)
+        options = sockopt.read_all(moving)
+        recent = learn_ts_recent(moving, flow, sniffer, injector, 0.5)
+        stamps = sniffer.newest()
+        assert stamps is not None
+        clock = repair.read_state(moving, options, True, recent).timestamp
+        assert clock is not None
+        assert tcp.distance(stamps[0], clock) > 0, "the kernel does not stamp ahead: this test shows nothing"
+        state = repair.read_state(moving, options, True, recent, stamps[0])
+        assert state.timestamp == stamps[0]
+
+
 @pytest.mark.parametrize("stamps", [True, False], ids=["timestamps", "bare"])
 @pytest.mark.parametrize("queues", ["empty", "both full", "partly acknowledged", "unsent"])
 @pytest.mark.parametrize("closing", [False, True], ids=["established", "close-wait"])
