@@ -10,8 +10,10 @@ Order within the freeze, and why (kernel/repair.py, kernel/rules.py, kernel/grac
   so.
            Before the hold, since a try that fails then costs the peer nothing.
   hold     packets wait; a grace period; from here on nothing reaches the socket
-  extract  learn ts_recent from a segment that the socket is made to send, then read everything
-  silence, verify       nothing of ours leaves any more, nothing is left in a queue below, and nothing moved since
+  probe    learn ts_recent from a segment that the socket is made to send
+  silence  nothing of ours leaves any more
+  extract  read everything
+  verify   nothing is left in a queue below, and nothing moved since
   fence, pin            once the offer is written: the same by rules that outlive the keeper, and a stop that does
 """
 
@@ -136,6 +138,7 @@ class Origin:
         self._application: apps.Conversation | None = None
         self._socket_options: dict[str, Any] = {}
         self._app_state = options.app_state
+        self._ts_recent: int | None = None
         self._state: ConnectionState | None = None
         self._image: Image | None = None
         self._sequences = (0, 0)
@@ -357,14 +360,21 @@ class Origin:
         self.touched = True
         self._need(self.holding).begin()
 
-    def _extract(self) -> None:
-        sock = self._need(self._sock)
-        ts_recent: int | None = None
+    def _probe(self) -> None:
         if self._sniffer is not None:
-            ts_recent = learn_ts_recent(sock, self.flow, self._sniffer, self._need(self._injector), _PROBE_TIMEOUT_S)
+            self._ts_recent = learn_ts_recent(self._need(self._sock), self.flow, self._sniffer,
+                                              self._need(self._injector), _PROBE_TIMEOUT_S)
+
+    def _extract(self) -> None:
+        """Behind the silence: what the kernel still sent by its timers would be unsent in the state, and the
+        destination takes no acknowledgement of what it has not sent. What it tries to send now is refused, and stays
+        unsent (net/ipv4/tcp_output.c, tcp_write_xmit)."""
+        sock = self._need(self._sock)
+        stamps = self._sniffer.newest() if self._sniffer is not None else None
         with syscalls.failing("fcntl(F_GETFL)"):
             nonblocking = not os.get_blocking(sock.fileno())
-        self._state = repair.read_state(sock, self._socket_options, nonblocking, ts_recent)
+        self._state = repair.read_state(sock, self._socket_options, nonblocking, self._ts_recent,
+                                        stamps[0] if stamps is not None else None)
         self._extracted_at_ms = _now_ms()
         self._sequences = (self._state.rcv_nxt, self._state.write_seq)
         self._image = encode(self._state, self._connection.inode)
@@ -643,7 +653,8 @@ class Origin:
 
     _ACTIONS: ClassVar[dict[Action, Callable[[Origin], Event | None]]] = {
         Action.WRITE_INTENT: _write_intent, Action.QUIESCE: _quiesce, Action.STOP: _stop, Action.HOLD: _hold_packets,
-        Action.EXTRACT: _extract, Action.SEND_PREPARE: _send_prepare, Action.SAVE_STATE: _save_state, Action.PIN: _pin,
+        Action.PROBE: _probe, Action.EXTRACT: _extract,
+        Action.SEND_PREPARE: _send_prepare, Action.SAVE_STATE: _save_state, Action.PIN: _pin,
         Action.SILENCE: _silence, Action.FENCE: _fence, Action.VERIFY: _verify, Action.WRITE_OFFERED: _write_offered,
         Action.SEND_COMMIT: _send_commit, Action.WRITE_COMMITTED: _write_committed, Action.REDIRECT: _redirect_packets,
         Action.END: _end, Action.RESUME: _resume, Action.FORGET: _forget, Action.WRITE_DONE: _write_done,

@@ -9,8 +9,9 @@ Rules that the tables keep:
   * The commit point is the destination's decision: the first of COMMITTED and ABORTED that is written wins.
   * Before OFFERED the origin may undo for any reason; from OFFERED on only a written ABORTED (or a destination that has
     rebooted since, or an operator's order) gives the connection back to it. Never a timer.
-  * Nothing of the origin's leaves any more before the offer is written (SILENCE, VERIFY: while the destination is at
-    work, since they take a tenth of its time, and the keeper's end undoes them); the offer is written before
+  * Nothing of the origin's leaves any more before its state is read (SILENCE), since its timers still send, and what
+    they send must not be unsent in the state; nothing is under way before the offer is written (VERIFY: while the
+    destination is at work); the offer is written before
     anything is made that outlives the keeper (FENCE, PIN); Commit is sent last. So up to the offer the kernel alone
     undoes everything; from there on the journal says that the destination must be asked, whatever was made by then.
   * The destination can hear and speak before it says Committed: what the origin then releases must not be dropped.
@@ -68,6 +69,7 @@ class Action(enum.StrEnum):
     QUIESCE = "quiesce"
     STOP = "stop"
     HOLD = "hold"
+    PROBE = "probe"
     EXTRACT = "extract"
     SEND_PREPARE = "send prepare"
     SILENCE = "silence"
@@ -172,8 +174,9 @@ def _origin_table() -> _OriginTable:
     done = (_A.WRITE_DONE, _A.FORGET)
     lost = Transition(_O.LOST, (_A.WRITE_LOST, _A.FORGET))
     table: _OriginTable = {
-        (_O.READY, _E.START): Transition(_O.PREPARING, (_A.WRITE_INTENT, _A.QUIESCE, _A.STOP, _A.HOLD, _A.EXTRACT,
-                                                        _A.SEND_PREPARE, _A.SAVE_STATE, _A.SILENCE, _A.VERIFY)),
+        (_O.READY, _E.START): Transition(_O.PREPARING, (_A.WRITE_INTENT, _A.QUIESCE, _A.STOP, _A.HOLD, _A.PROBE,
+                                                        _A.SILENCE, _A.EXTRACT, _A.SEND_PREPARE, _A.SAVE_STATE,
+                                                        _A.VERIFY)),
         (_O.PREPARING, _E.DONE): Transition(_O.PREPARED),
         (_O.PREPARED, _E.PREPARED): Transition(_O.OFFERING, (_A.WRITE_OFFERED,)),
         # From here on rollback needs the destination's word.

@@ -10,7 +10,8 @@ _BACK = Transition(_O.ROLLED_BACK, (_A.UNDO,))
 
 #: VERIFY as in a pass: what was read is one state of the connection, and not two halves of two.
 SNAPSHOT: dict[tuple[OriginState, Event], Transition[OriginState]] = {
-    (_O.READY, _E.START): Transition(_O.PREPARING, (_A.QUIESCE, _A.STOP, _A.HOLD, _A.EXTRACT, _A.SILENCE, _A.VERIFY)),
+    (_O.READY, _E.START): Transition(_O.PREPARING, (_A.QUIESCE, _A.STOP, _A.HOLD, _A.PROBE, _A.SILENCE, _A.EXTRACT,
+                                                    _A.VERIFY)),
     (_O.PREPARING, _E.DONE): _BACK,
     (_O.PREPARING, _E.FAILED): _BACK,
     (_O.ROLLED_BACK, _E.DONE): Transition(_O.ROLLED_BACK),

@@ -169,6 +169,10 @@ class OriginSide(_Side):
     def _hold(self) -> None:
         self.world.o_held = self.process
 
+    def _probe(self) -> None:
+        if not self.world.o_socket:
+            raise ActionFailed("no socket")
+
     def _extract(self) -> None:
         if not self.world.o_socket:
             raise ActionFailed("no socket")
@@ -292,7 +296,8 @@ class OriginSide(_Side):
 
     effects: ClassVar[Effects] = {
         Action.WRITE_INTENT: (_write_intent,), Action.QUIESCE: (_quiesce,), Action.STOP: (_stop,),
-        Action.HOLD: (_hold,), Action.EXTRACT: (_extract,), Action.SEND_PREPARE: (_send_prepare,),
+        Action.HOLD: (_hold,), Action.PROBE: (_probe,), Action.EXTRACT: (_extract,),
+        Action.SEND_PREPARE: (_send_prepare,),
         Action.SAVE_STATE: (_save_state,), Action.SILENCE: (_silence,), Action.VERIFY: (_verify,),
         Action.WRITE_OFFERED: (_write_offered,), Action.WRITE_LET_GO: (_write_let_go,), Action.FENCE: (_fence,),
         Action.PIN: (_pin,), Action.SEND_COMMIT: (_send_commit,), Action.WRITE_COMMITTED: (_write_committed,),

@@ -115,7 +115,7 @@ def test_the_committed_are_never_rolled_back() -> None:
 def test_silence_then_offer_then_what_outlives_the_keeper_then_commit() -> None:
     for _events, actions, _state in paths(ORIGIN, Org.READY):
         if A.WRITE_OFFERED in actions:
-            order = [actions.index(one) for one in (A.HOLD, A.EXTRACT, A.SAVE_STATE, A.SILENCE, A.VERIFY,
+            order = [actions.index(one) for one in (A.HOLD, A.PROBE, A.SILENCE, A.EXTRACT, A.SAVE_STATE, A.VERIFY,
                                                     A.WRITE_OFFERED)]
             assert order == sorted(order), actions
         for lasting in (A.FENCE, A.PIN):
