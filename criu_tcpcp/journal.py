@@ -31,6 +31,7 @@ Verdict = Literal["committed", "aborted"]
 ORIGIN: Side = "origin"
 DESTINATION: Side = "destination"
 
+TOLD = "told"  # record of an origin, beside the stages: the destination knows that it will not be asked again
 LOST_MARK = "lost"  # of the destination: what lived there has ended there
 #: The last record of an origin's journal while the pass's end is not known.
 UNSETTLED = ("offered", "let go", "committed")
@@ -144,7 +145,7 @@ class Journal:
 
     def last(self) -> str:
         """The name of the last record that tells the pass's stage, or ''."""
-        return next((one["record"] for one in reversed(self.records()) if one["record"] != "note"), "")
+        return next((one["record"] for one in reversed(self.records()) if one["record"] not in ("note", TOLD)), "")
 
     def field(self, record: str) -> dict[str, Any] | None:
         """The newest record of this name."""

@@ -58,7 +58,7 @@ from .executor import GaveUp, event_of
 from .greeting import greet
 from .holding import Holding
 from .inventory import Connection
-from .journal import Journal
+from .journal import TOLD, Journal
 from .kernel import netns, process, repair, sockopt, syscalls, tcpinfo
 from .kernel.rawpacket import Injector, Sniffer
 from .kernel.rules import MARK, HostRules
@@ -505,6 +505,7 @@ class Origin:
         self._need_wire().send(Settled(self.journal.pass_id))
         if not isinstance(self._need_wire().receive(_ANSWER_TIMEOUT_S), Settled):
             raise LinkError("the destination did not confirm that the pass is settled")
+        self.journal.write(TOLD)
 
     def _write_done(self) -> None:
         self.journal.write("done")

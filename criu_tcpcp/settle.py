@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import journal as journals
@@ -19,7 +19,7 @@ from .core import handoff
 from .core.endpoint import Flow
 from .core.errors import ExitCode, InDoubt, KernelError, LinkError, Owner, ProtocolError, Refused, TcpcpError
 from .core.handoff import ORIGIN_FINAL, Event, OriginState
-from .core.messages import Ask, Standing
+from .core.messages import Ask, Settled, Standing
 from .core.tcp import PASSABLE_STATES, TcpState
 from .executor import Executor
 from .greeting import greet
@@ -120,7 +120,12 @@ def _namespace_of(journal: Journal) -> Iterator[None]:
 def unsettled() -> list[Journal]:
     """Passes of this origin whose end is not known, and that no process works on."""
     return [journal for journal in journals.all_journals() if journal.side == journals.ORIGIN
-            and _known(journal).state in ("in doubt", "unconfirmed")]
+            and (_known(journal).state in ("in doubt", "unconfirmed") or _is_untold(journal))]
+
+
+def _is_untold(journal: Journal) -> bool:
+    """The pass is over, and the destination still keeps its verdict, since it may be asked again."""
+    return journal.last() in ("done", "lost") and journal.field(journals.TOLD) is None
 
 
 def is_in_doubt(pass_id: str) -> bool:
@@ -147,7 +152,7 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
             raise InDoubt(f"another process is settling pass {pass_id} at this moment", hint="criu-tcpcp passes")
         if journal.last() not in journals.UNSETTLED:
             journal.forget(STATE_FILE)  # its process may have ended before it did
-            return settled_report(journal)
+            return _told_report(journal) if _is_untold(journal) else settled_report(journal)
         if journal.field("offered")["boot"] != syscalls.boot_id():  # type: ignore[index]
             journal.write("lost")
             return settled_report(journal)
@@ -183,6 +188,26 @@ def _remains(journal: Journal) -> Connection:
                       descriptors=tuple(intent["descriptors"]), inode=intent["inode"], state=TcpState.ESTABLISHED,
                       flow=Flow.from_json(intent["flow"]), unread=0, unacknowledged=0, cookie=intent["cookie"],
                       why_not=None)
+
+
+def _told_report(journal: Journal) -> Report:
+    """Tell the destination that the pass is settled; the process that should have, ended before."""
+    report = settled_report(journal)
+    try:
+        with contextlib.ExitStack() as stack:
+            intent = journal.field("intent")
+            wire = _Elsewhere(stack).wire(intent["target"]) if intent is not None else None
+            if wire is None:
+                raise LinkError("it cannot be reached")
+            wire.send(Settled(journal.pass_id))
+            if not isinstance(wire.receive(_ANSWER_TIMEOUT_S), Settled):
+                raise ProtocolError("it answered out of turn")
+            journal.write(journals.TOLD)
+    except TcpcpError as error:
+        problem = f"the destination could not be told that the pass is over: {error.message}"
+        code = ExitCode.UNCLEAN if report.exit is ExitCode.OK else report.exit
+        return replace(report, exit=code, left=(problem,), error=report.error or problem)
+    return report
 
 
 def settled_report(journal: Journal) -> Report:
@@ -242,6 +267,8 @@ def _why_kept(journal: Journal, force: bool) -> str | None:
         return "its connection is being passed at this moment"
     if known.state in ("in doubt", "unconfirmed"):
         return f"{_UNKNOWN_END}: criu-tcpcp resolve {journal.pass_id}"
+    if journal.side == journals.ORIGIN and _is_untold(journal) and not force:
+        return f"the destination has not been told that it is over: criu-tcpcp resolve {journal.pass_id}"
     if journal.side == journals.DESTINATION and journal.verdict() == "committed":
         staged = journal.field("staged")
         if journal.field("settled") is None and not force:
@@ -275,7 +302,7 @@ class _Elsewhere:
             if not rules.is_moved(flow) and dumped is None:
                 return None
         all_the_same = f"criu-tcpcp release {journal.pass_id} releases it all the same"
-        wire = self._wire(intent["target"])
+        wire = self.wire(intent["target"])
         try:
             if wire is None:
                 raise LinkError("no link")
@@ -289,7 +316,8 @@ class _Elsewhere:
             return f"its state lies in {dumped}, and the fence keeps this host from ending it; {all_the_same}"
         return f"its connection is alive at {intent['host']}; {all_the_same}"
 
-    def _wire(self, target: dict[str, Any]) -> Wire | None:
+    def wire(self, target: dict[str, Any]) -> Wire | None:
+        """To this host; None where it cannot be reached."""
         key = json.dumps(target, sort_keys=True)
         if key not in self._wires:
             self._wires[key] = None
