@@ -72,6 +72,15 @@ def test_hosts_reach_each_other(lab: Lab, version: int) -> None:
             assert other == str(asking.address(version))
 
 
+def test_packets_are_kept_in_order_by_one_cpu_on_every_interface(lab: Lab) -> None:
+    lab.keep_order()
+    for host in lab.hosts.values():
+        said = host.run(["ip", "netns", "exec", host.netns.name, "sh", "-c",
+                         "cat /sys/class/net/*/queues/rx-*/rps_cpus"]).stdout.split()
+        assert said
+        assert {int(mask.replace(",", ""), 16) for mask in said} == {1}
+
+
 def test_more_hosts_can_be_asked_for() -> None:
     with Lab(["third"]) as lab:
         assert converse(lab.peer, lab.hosts["third"], 6)

@@ -246,6 +246,44 @@ def test_rr_peer_does_not_notice_handovers() -> None:
     assert int(str(report["answers"])) > 10
 
 
+@pytest.mark.parametrize("options", [["--burst", 5, "--pause", 0.01], ["--read-rate", 1 << 20]], ids=["bursts", "full"])
+def test_burst_peer_is_answered_and_ends_when_asked(options: list[object]) -> None:
+    enough = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        responder = Responder(1, 100)
+
+        def counted() -> bool:
+            if responder.requests > 30:
+                enough.set()
+            return False
+
+        assert answer(sock, responder, stop=counted)
+        assert not responder.wrong
+
+    with serving(serve) as (host, port):
+        process = start("burst-peer", host, port, *options, "--until-eof")
+        assert process.stdin is not None
+        assert enough.wait(20)
+        process.stdin.close()
+        report = finish(process)
+    assert report["error"] is None
+    assert report["requests"] == report["answers"]
+    assert int(str(report["answers"])) > 30
+    assert report["sha256_received"] == report["sha256_expected"]
+
+
+@pytest.mark.parametrize(("answer_bytes", "expected"), [(b"?" * 1000, "wrong answer"), (b"", "end of stream")])
+def test_burst_peer_reports_a_wrong_answer_and_an_early_end(answer_bytes: bytes, expected: str) -> None:
+    def serve(sock: socket.socket) -> None:
+        sock.recv(1000, socket.MSG_WAITALL)
+        sock.sendall(answer_bytes)
+
+    with serving(serve) as (host, port):
+        report = finish(start("burst-peer", host, port, "--burst", 10), status=1)
+    assert expected in str(report["error"])
+
+
 @pytest.mark.parametrize(("answer_bytes", "expected"), [(b"?" * 100, "wrong answer to request 0"),
                                                         (b"", "end of stream at byte 0")])
 def test_rr_peer_reports_a_wrong_answer_and_an_early_end(answer_bytes: bytes, expected: str) -> None:
