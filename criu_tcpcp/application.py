@@ -115,11 +115,11 @@ class _Listener:
     def ended(self, conversation: apps.Conversation) -> None:
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         with contextlib.suppress(OSError):
             self.path.unlink()
         os.write(self._wake_write, b"x")
-        if self._thread is not threading.current_thread():
+        if wait and self._thread is not threading.current_thread():
             self._thread.join()
 
 
@@ -308,7 +308,7 @@ class _RegistrationListener(_Listener):
         with self._lock:
             if not self._registered and _RegistrationListener._instance is self:
                 _RegistrationListener._instance = None
-                self.close()
+                self.close(wait=False)  # its thread may be in a quiesce that waits for the one that is here
 
     def handle(self, conversation: apps.Conversation, packet: apps.Packet, descriptors: list[int]) -> None:
         for descriptor in descriptors:

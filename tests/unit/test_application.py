@@ -460,6 +460,34 @@ def test_a_callback_that_fails_does_not_end_the_conversation(pair: Pair,
     assert seen == []
 
 
+def test_a_registration_may_end_while_its_quiesce_waits_for_who_ends_it(pair: Pair) -> None:
+    """A worker that finds its peer gone closes what a quiesce wants to bring to rest."""
+    asked, ended = threading.Event(), threading.Event()
+
+    def quiesce() -> bytes:
+        asked.set()
+        if not ended.wait(20):
+            raise TimeoutError("the worker does not end")
+        return b""
+
+    registration = register(pair[0], quiesce)
+
+    def work() -> None:
+        asked.wait(20)
+        registration.close()
+        ended.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    with tool(apps.registration_path(os.getpid())) as keeper:
+        answer, descriptors = keeper.ask({"op": "quiesce", "cookie": tcpinfo.cookie(pair[0])})
+        for descriptor in descriptors:
+            os.close(descriptor)
+        assert answer == {"op": "quiesced"}
+    worker.join(20)
+    assert not worker.is_alive()
+
+
 def test_a_registration_may_end_in_the_callback_of_its_pass(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that calls back is the one that ends with the last registration."""
     seen: list[Any] = []
