@@ -334,7 +334,8 @@ class Origin:
                 raise Refused(f"the origin application does not give the connection up: {reason}")
             self._app_state = apps.unwrap_state(descriptors[0])
         except apps.Gone as error:
-            raise Refused(f"the origin application did not quiesce: {error}") from None
+            raise Refused(f"the origin application did not quiesce: {error}",
+                          hint="has it ended, or closed the connection?") from None
 
     def _stop(self) -> None:
         idle_ms = None if self._application is not None else self.options.idle_ms
