@@ -41,7 +41,7 @@ def traces(namespace: Path) -> list[Path]:
     """What is left of the lab that `namespace` (of its peer) belongs to."""
     lab_id = namespace.name.split("-")[1]
     places = [(network.NETNS_DIRECTORY, f"tcpcp-{lab_id}-*"), (Path("/tmp"), f"tcpcp-{lab_id}*"),
-              (Path("/run/criu-tcpcp-lab"), f"*{lab_id}*")]
+              (Path("/dev/shm"), f"tcpcp-{lab_id}*"), (Path("/run/criu-tcpcp-lab"), f"*{lab_id}*")]
     return [path for directory, pattern in places for path in directory.glob(pattern)]
 
 
