@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
@@ -20,6 +21,7 @@ class Wire:
     def __init__(self, reading: int, writing: int) -> None:
         self.reading = reading
         self._writing = writing
+        os.set_blocking(writing, False)  # else one write of a chunk waits, whatever the time-out
         self._decoder = Decoder()
         self._waiting: deque[Message] = deque()
         self.silent = True  # nothing has arrived yet
@@ -34,7 +36,8 @@ class Wire:
             while view:
                 if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
                     raise LinkError("the other side takes no data")
-                view = view[os.write(self._writing, view[:_CHUNK]):]
+                with contextlib.suppress(BlockingIOError):
+                    view = view[os.write(self._writing, view[:_CHUNK]):]
         except OSError as error:
             raise LinkError(f"the link broke: {error.strerror or error}") from error
 
@@ -47,6 +50,8 @@ class Wire:
         what is not a message."""
         try:
             data = os.read(self.reading, _CHUNK)
+        except BlockingIOError:  # one descriptor for both directions
+            return
         except OSError as error:
             raise LinkError(f"the link broke: {error.strerror or error}") from error
         if not data:
