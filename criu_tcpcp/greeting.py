@@ -12,15 +12,15 @@ from .kernel import netns, syscalls
 from .transport.link import Link
 from .transport.wire import Wire
 
-_TIMEOUT_S = 15.0
+TIMEOUT_S = 15.0
 
 
-def greet(link: Link, wire: Wire) -> Hello:
+def greet(link: Link, wire: Wire, timeout_s: float = TIMEOUT_S) -> Hello:
     """Exchange Hello. LinkError says why there is no answer, Refused names both versions where they do not fit."""
     try:
         wire.send(Hello(PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(),
                         list(netns.identity("/proc/thread-self/ns/net"))))
-        answer = wire.receive(_TIMEOUT_S)
+        answer = wire.receive(timeout_s)
     except (LinkError, ProtocolError):
         if wire.silent:
             raise link.failure() from None

@@ -55,7 +55,7 @@ from .core.messages import (
 from .core.messages import Refused as RefusedMessage
 from .core.state import ConnectionState
 from .executor import GaveUp, event_of
-from .greeting import greet
+from .greeting import TIMEOUT_S, greet
 from .holding import Holding
 from .inventory import Connection
 from .journal import TOLD, Journal
@@ -160,7 +160,7 @@ class Origin:
         with netns.enter(self._home):
             self._link = open_link(target)
         self._wire = Wire(self._link.fileno(), self._link.fileno())
-        self.peer_hello = greet(self._link, self._wire)
+        self.peer_hello = greet(self._link, self._wire, min(TIMEOUT_S, within_s))
 
     def stage(self) -> None:
         """Let the destination find its target and make its rules; make ours. Refused: nothing was touched."""
@@ -265,7 +265,12 @@ class Origin:
         began = self.holding.began if self.holding is not None else None
         if began is not None and self._machine_state is OriginState.PREPARED:
             return max(0.0, began + self.options.max_stall_ms / 1000 - time.monotonic())
+        if self._machine_state in (OriginState.OFFERED, OriginState.DOUBT):
+            return min(_ANSWER_TIMEOUT_S, max(_SHORTEST_ATTEMPT_S, self._overdue_in_s()))
         return _ANSWER_TIMEOUT_S
+
+    def _overdue_in_s(self) -> float:
+        return self.options.doubt_limit_s - (_now_ms() - self._offered_at_ms) / 1000
 
     def next_event(self, timeout_s: float | None) -> Event:
         """A message, the link's end, the operator; meanwhile the packet queue is kept from filling."""
@@ -570,7 +575,11 @@ class Origin:
             time.sleep(_RETRY_PAUSE_S)
         overdue_in_s = math.inf
         if self._machine_state is OriginState.DOUBT:
-            overdue_in_s = self.options.doubt_limit_s - (_now_ms() - self._offered_at_ms) / 1000
+            overdue_in_s = self._overdue_in_s()
+            if self._recovered and process.run_state(self.identity.pid) != "T":
+                overdue_in_s = math.inf  # it runs: the Commit behind the pin was never sent, and nobody waits
+            elif self._recovered and not asked:
+                overdue_in_s = math.inf  # who asks this late can wait for one whole attempt
             if asked and overdue_in_s <= 0:
                 return Event.OVERDUE
         if time.monotonic() > self._settle_until:
@@ -636,13 +645,13 @@ class Origin:
             raise ProtocolError(f"the journal of pass {journal.pass_id} does not say that it was offered")
         origin = cls(journal, connection, target_from_json(intent["target"]),
                      Options(origin_sees=intent["origin_sees"], settle_s=settle_s,
-                             doubt_limit_s=intent["doubt_limit_s"]),
+                             doubt_limit_s=intent.get("doubt_limit_s", Options.doubt_limit_s)),
                      process.Identity(intent["pid"], intent["start_time"]))
         origin.touched = origin._recovered = True
         origin.name = "resolve"
         origin._offered_boot = intent["destination_boot"]
         origin._extracted_at_ms = offered["extracted_at_ms"]
-        origin._offered_at_ms = offered["offered_at_ms"]
+        origin._offered_at_ms = offered.get("offered_at_ms", offered["extracted_at_ms"])
         origin.plan = redirect.Plan.from_json(intent["plan"])
         origin._redirect = redirect.origin_half(origin.plan)
         with netns.enter(origin._namespace):
