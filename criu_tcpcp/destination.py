@@ -24,11 +24,12 @@ from .core.messages import Message, Stage
 from .core.options import OptionValue
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
 from .core.state import ConnectionState
-from .executor import event_of
+from .executor import GaveUp, event_of
 from .journal import LOST_MARK, Journal
-from .kernel import repair, routing, sockdiag, sockopt
+from .kernel import process, repair, routing, sockdiag, sockopt
+from .kernel.process import Identity
 from .kernel.rawpacket import Injector
-from .kernel.rules import MARK, HostRules
+from .kernel.rules import MARK, HostRules, host_rules
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
 from .transport.wire import Wire
@@ -56,6 +57,7 @@ class Destination:
         self._graft: graft.Graft | None = None
         self._rules: HostRules | None = None
         self._moves: list[str] = []
+        self._keeps_fence = False
         self._divert: DivertAtDestination | None = None
         self._injector: Injector | None = None
         self._sock: socket.socket | None = None
@@ -101,9 +103,12 @@ class Destination:
         if used is not None:
             raise Refused(f"the destination has a connection {flow} already (state {used.label})")
         self._graft = graft.find(self._into, flow)
+        with host_rules(flow.ip_version) as rules:
+            self._keeps_fence = rules.is_fenced(flow)  # of an earlier pass from here: it outlives this one undone
         self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local,
-                           taker=self._graft.taker.to_json())
-        self.journal.draft("committed")
+                           keeps_fence=self._keeps_fence, way=self._graft.way, taker=self._graft.taker.to_json())
+        for verdict in ("committed", "aborted"):
+            self.journal.draft(verdict)
         self.journal.reserve(LOST_MARK)
         self._make_rules()
 
@@ -244,6 +249,8 @@ class Destination:
     def _unfence(self) -> None:
         """From here on this host hears the connection and speaks for it; its clock must be right by then."""
         sock, state, rules = self._sock, self._state, self._rules
+        if self._delivered:
+            return  # long since; this host may even have passed it on
         if state is None or rules is None:
             raise Refused("the pass was not staged")
         if sock is not None and self._written is None:
@@ -264,6 +271,8 @@ class Destination:
 
     def _write_active(self) -> None:
         self.journal.write("active")
+        if self._rules is not None and self._moves:  # a FIN at the last instant may have put it back
+            self._rules.stay(self.flow, self._moves)
 
     def _write_lost(self) -> None:
         self.journal.set_mark(LOST_MARK)
@@ -286,9 +295,11 @@ class Destination:
 
     def _take_back(self) -> None:
         rules = self._rules
+        if self._interrupted and sockdiag.state_of(self.flow) is not None:
+            return  # it lives here all the same, and these rules bring it its packets
         if rules is not None:
             # A host that has passed this connection away before keeps its fence: packets still come by here.
-            if not rules.is_moved(self.flow):
+            if not self._keeps_fence and not rules.is_moved(self.flow):
                 rules.unfence(self.flow)
             if self._divert is not None:
                 self._divert.undo(rules, self.flow)
@@ -314,22 +325,34 @@ class Destination:
         side.name = "recovery"
         side._interrupted = True
         side.address_is_local = not staged["divert"]
+        side._keeps_fence = staged.get("keeps_fence", False)
         side._rules = HostRules(side.flow.ip_version)
         if staged["divert"]:
             side._divert = DivertAtDestination()
         return side
 
     def _reclaim(self) -> None:
-        """The connection that the interrupted activation left with the application, or else a new one from the
-        state."""
+        """The connection that the interrupted activation left with the application, or else a new one from the state.
+        It may have lived with that program, and have ended with it: the peer has moved on since, and nothing is made
+        anew. A program that is there and cannot be asked at this moment is asked again, when the origin asks."""
         state = self._decoded()
-        self._graft = graft.find(self._into, self.flow)
-        # It may have lived with that program, and have ended with it: the peer has moved on since.
         staged = self.journal.field("staged")
-        if self.journal.has_mark(LOST_MARK) or staged is None or staged["taker"] != self._graft.taker.to_json():
+        if self.journal.has_mark(LOST_MARK) or staged is None:
+            raise Refused("the program that had the connection is not there any more")
+        taker = Identity(*staged["taker"])
+        try:
+            self._graft = graft.find(staged["way"], self.flow)
+        except Refused:
+            if process.is_alive(taker):
+                raise GaveUp from None
+            raise
+        if self._graft.taker != taker or not taker.pid:
+            if process.is_alive(taker):
+                raise GaveUp
             raise Refused("the program that had the connection is not there any more")
         left = self._graft.reclaim(self.journal.pass_id)
-        self._delivered = left.delivered
+        # One that has a new receiver does not remember; but what lives here can only be what it was given.
+        self._delivered = left.delivered or (left.sock is None and sockdiag.state_of(self.flow) is not None)
         if self._delivered:
             return
         self._make_rules()

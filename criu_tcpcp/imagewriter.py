@@ -172,6 +172,8 @@ class ImageWriter:
 
     def _publish(self) -> None:
         """Where the place was taken since it was looked at, the files stay where they are, complete."""
+        if self._published():
+            return
         try:
             imagedir.publish(self._place, self.journal.pass_id)
         except Refused as error:

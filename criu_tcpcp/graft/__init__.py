@@ -25,9 +25,11 @@ class Reclaimed:
 
 
 class Graft(Protocol):
-    """One way in, for one pass. `taker`: the process that the connection is for."""
+    """One way in, for one pass. `way`: what `find` takes to find it again. `taker`: the process that the connection is
+    for; its number is 0 where it is not known here (another pid namespace)."""
 
     description: str
+    way: str
     taker: Identity
 
     def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None: ...

@@ -15,6 +15,7 @@ from .. import apps
 from ..core.endpoint import Flow
 from ..core.errors import LinkError, Refused
 from ..kernel import process
+from ..kernel.syscalls import failing
 from . import Reclaimed
 
 _TIMEOUT_S = 2.0
@@ -29,12 +30,14 @@ class ToReceiver:
         pid, uid = conversation.peer()
         self.path = path
         self.uid = uid
-        self.taker = process.identity(pid)
+        self.way = f"receiver:{path}"
+        self.taker = process.identity(pid) if pid else process.Identity(0, 0)
         self.description = f"receiver {path} ({process.name(pid)}, process {pid})"
 
     def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None:
         """The application holds the connection now, dormant. Refused where it has gone."""
-        descriptor = apps.wrap_state(app_state)
+        with failing("memfd_create"):
+            descriptor = apps.wrap_state(app_state)
         try:
             self._conversation.send({"op": "offer", "id": pass_id, "flow": flow.to_json()},
                                     [sock.fileno(), descriptor])
@@ -125,7 +128,10 @@ def _open(path: Path) -> ToReceiver:
     conversation = apps.connect(path, _TIMEOUT_S)
     try:
         conversation.ask({"op": "ping"})
+        return ToReceiver(path, conversation)
     except apps.Gone:
         conversation.close()
         raise
-    return ToReceiver(path, conversation)
+    except Refused as error:  # it has ended since
+        conversation.close()
+        raise apps.Gone(error.message) from None

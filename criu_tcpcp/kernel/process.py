@@ -58,9 +58,10 @@ def _stat(pid: int | str) -> list[str] | None:
 
 
 def carrier() -> int | None:
-    """The nearest ancestor that is an sshd, which carries what this process says; None without one."""
+    """The nearest ancestor that is an sshd, which carries what this process says; None without one, or where another
+    process of this tool stands between: then nothing is said over SSH."""
     pid = os.getppid()
-    while pid > 1:
+    while pid > 1 and not name(pid).startswith("tcpcp-"):
         if name(pid).startswith("sshd"):
             return pid
         fields = _stat(pid)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
 _PEEK_SLACK = 1 << 20  # the retransmit queue's head may be one partly acknowledged skb longer than SIOCOUTQ says
 _CHUNK = 1 << 20
+_WRITE_TIMEOUT_S = 5
 
 
 def _set(sock: socket.socket, name: str, number: int, value: int | bytes) -> None:
@@ -286,11 +288,18 @@ class Restorer:
         _set(self.sock, "TCP_REPAIR_QUEUE", TCP_REPAIR_QUEUE, _NO_QUEUE)
 
     def _write(self, data: bytes) -> None:
-        """The unsent bytes go into the send queue at once: its buffer was made large enough for all of them."""
+        """The unsent bytes go into the send queue at once: its buffer was made large enough for all of them. Only where
+        the kernel is short of memory for all of TCP must they wait for acknowledgements."""
         view = memoryview(data)
+        poller = select.poll()
+        poller.register(self.sock, select.POLLOUT)
         while view:
             with failing("send of the unsent bytes"):
-                view = view[self.sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL):]
+                try:
+                    view = view[self.sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL):]
+                except BlockingIOError:
+                    if not poller.poll(_WRITE_TIMEOUT_S * 1000):
+                        raise
 
 
 def written_since(sock: socket.socket, state: ConnectionState) -> int:

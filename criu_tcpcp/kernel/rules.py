@@ -178,6 +178,9 @@ class HostRules:
     def fence(self, flow: Flow) -> None:
         self._add(_fence_component(self.version), flow)
 
+    def is_fenced(self, flow: Flow) -> bool:
+        return self._table.contains(_FENCED, flow)
+
     def unfence(self, flow: Flow) -> bool:
         return self._table.remove(_FENCED, flow)
 
@@ -196,11 +199,12 @@ class HostRules:
         """The sets that say where it goes: each behind its `_closing` one, which a FIN may put it into at
         any time, and which would put it back into the first."""
         return [part for name in self._table.set_names() if name.startswith(_MOVED) and not name.endswith("_closing")
-                and self._table.contains(name, flow) for part in (f"{name}_closing", name)]
+                and (self._table.contains(name, flow) or self._table.contains(f"{name}_closing", flow))
+                for part in (f"{name}_closing", name)]
 
-    def stay(self, flow: Flow) -> bool:
-        """No longer moved anywhere."""
-        found = [self._table.remove(name, flow) for name in self.moves_of(flow)]
+    def stay(self, flow: Flow, names: Iterable[str] | None = None) -> bool:
+        """No longer moved anywhere. `names`: an earlier result of `moves_of`."""
+        found = [self._table.remove(name, flow) for name in (self.moves_of(flow) if names is None else names)]
         return any(found)
 
     def take_over(self, flow: Flow, names: Iterable[str]) -> None:

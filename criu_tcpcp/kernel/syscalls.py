@@ -89,7 +89,7 @@ def go_first(pid: int | None = None) -> None:
     on a busy host a freeze of milliseconds would otherwise last as long as others please. Where that is not allowed, it
     stays as it is."""
     with contextlib.suppress(OSError):  # it has ended
-        _schedule(os.SCHED_RR, 1, pid)
+        _schedule(os.SCHED_RR | (os.SCHED_RESET_ON_FORK if pid is not None else 0), 1, pid)
 
 
 def go_along(pid: int | None = None) -> None:
