@@ -69,7 +69,7 @@ def dump_connection(pid: int, fd: int, directory: str | Path, *, leave_running: 
         try:
             report = (_read_only if leave_running else _take)(record, connection, place, progress, options)
         finally:
-            if record.last() not in ("offered", "committed"):  # else a resolve may still need them
+            if record.last() not in journal.UNSETTLED:  # else a resolve may still need them
                 imagedir.discard(place, record.pass_id)
     except PassError:
         raise

@@ -107,7 +107,12 @@ def run_keeper(record: Journal, connection: Connection, target: Target | LocalTa
     """Let a keeper do it, and wait for what comes of it; where the keeper is killed, settle what it has left."""
     pid, control = keeper.start(record, connection, target, options, work)
     with control:
-        said = _listen(control, progress)
+        try:
+            said = _listen(control, progress)
+        except Refused as error:
+            if record.last() not in (*journal.UNSETTLED, "done", "lost"):
+                raise
+            said = f"the keeper failed: {error.message}"
     os.waitpid(pid, 0)
     if isinstance(said, str):
         return _after_keeper(record, connection, progress, said)

@@ -82,6 +82,8 @@ def _state(journal: Journal, working: bool) -> str:
         return "working"
     last = journal.last()
     if journal.side == journals.DESTINATION:
+        if journal.has_mark(journals.LOST_MARK):
+            return "lost"
         return {"settled": "active", "active": "active"}.get(last, journal.verdict() or "undecided")
     if any(record["boot"] != syscalls.boot_id() for record in journal.records()):
         return "of an earlier boot"
@@ -342,13 +344,18 @@ def _remove(journal: Journal) -> None:
         flow = Flow.from_json(first["flow"])
         with _namespace_of(journal), host_rules(flow.ip_version) as rules:
             # What was dumped here and is alive here was made again from its images, and is not to stay fenced.
-            if not _alive_here(flow) or _images_of(journal) is not None:
+            if not _alive_here(flow) or _images_of(journal) is not None or _came_back(journal):
                 rules.stay(flow)
                 rules.unfence(flow)
                 DivertAtDestination().undo(rules, flow)
             rules.sweep()
     take_away_remnant(journal)
     journal.remove()
+
+
+def _came_back(journal: Journal) -> bool:
+    """The pass was undone, but not all of it: the connection is alive here and must not stay fenced."""
+    return journal.side == journals.ORIGIN and journal.last() in ("aborted", "intent", "claimed")
 
 
 def _images_of(journal: Journal) -> str | None:
@@ -394,7 +401,8 @@ def _undo_staged(journal: Journal) -> None:
     if staged is not None and not _in_use_by_another(journal):
         flow = Flow.from_json(staged["flow"])
         with host_rules(flow.ip_version) as rules:
-            if not rules.is_moved(flow):  # passed away before: its fence stays, since packets still come by
+            # Passed away before: its fence stays, since packets still come by.
+            if not staged.get("keeps_fence") and not rules.is_moved(flow):
                 rules.unfence(flow)
             DivertAtDestination().undo(rules, flow)
     take_away_remnant(journal)
