@@ -310,11 +310,14 @@ def working_on(flow: dict[str, Any], but: Journal | None = None) -> Journal | No
 
 
 def all_journals() -> list[Journal]:
-    """Every side of every pass that this host knows, by id."""
+    """Every side of every pass that this host knows, by id. JournalError where that cannot be told."""
     try:
-        names = sorted(os.listdir(run_directory() / "passes"))
-    except OSError:
-        return []
+        with _explained("read the run directory"):
+            names = sorted(os.listdir(run_directory() / "passes"))
+    except JournalError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
     found = []
     for name in names:
         pass_id, _, side = name.partition(".")

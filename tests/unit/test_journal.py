@@ -336,3 +336,13 @@ def test_a_removed_pass_is_gone(made: Journal) -> None:
     made.remove()
     assert not made.exists()
     made.remove()
+
+
+def test_an_unreadable_run_directory_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is to believe that nothing is in doubt."""
+    monkeypatch.setenv("CRIU_TCPCP_RUN_DIR", str(tmp_path / "none"))
+    assert all_journals() == []
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("CRIU_TCPCP_RUN_DIR", str(tmp_path / "file"))
+    with pytest.raises(JournalError, match="Not a directory"):
+        all_journals()
