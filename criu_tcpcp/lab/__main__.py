@@ -92,7 +92,7 @@ def _facts(lab: Lab) -> str:
     lines += ["on one host, another by SSH:",
               f"  ip netns exec {lab.origin.netns.name} ssh -F {lab.ssh.config} destination",
               "on a host:",
-              *(f"  python -m criu_tcpcp.lab shell {name}" for name in lab.hosts)]
+              *(f"  {sys.executable} -m criu_tcpcp.lab shell {name}" for name in lab.hosts)]
     return "\n".join(lines)
 
 

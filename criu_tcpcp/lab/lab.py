@@ -67,7 +67,7 @@ class Lab:
         self.sweep()
         record = _new_record(self._servers, joinable=self._joinable)
         self._record = record
-        _watch_sigterm(self)
+        _watch_signals(self)
         try:
             record.directory.mkdir(mode=0o711)
             self._make_hosts(record)
@@ -117,7 +117,7 @@ class Lab:
             host.collect_processes()
         _delete(record)
         self._record = None
-        _unwatch_sigterm(self)
+        _unwatch_signals(self)
 
     def tear_down_to_die(self) -> None:
         """The same from a signal handler, after which this process ends: it collects no children, because the code
@@ -173,24 +173,32 @@ def _remove_directory(directory: Path, *, timeout_s: float = 5) -> None:
 _live: list[Lab] = []
 
 
-def _watch_sigterm(lab: Lab) -> None:
-    """SIGTERM runs no `finally`: while a lab lives, it ends the lab first. A handler of the program's own stays."""
+#: What ends a program without running a `finally`: SIGHUP comes when its terminal goes.
+_DEADLY = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _watch_signals(lab: Lab) -> None:
+    """While a lab lives, a deadly signal ends the lab first. A handler of the program's own stays."""
     _live.append(lab)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _on_sigterm)
+    if threading.current_thread() is threading.main_thread():
+        for number in _DEADLY:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _on_deadly)
 
 
-def _unwatch_sigterm(lab: Lab) -> None:
+def _unwatch_signals(lab: Lab) -> None:
     _live.remove(lab)
-    if (not _live and threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) is _on_sigterm):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not _live and threading.current_thread() is threading.main_thread():
+        for number in _DEADLY:
+            if signal.getsignal(number) is _on_deadly:
+                signal.signal(number, signal.SIG_DFL)
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _on_deadly(number: int, frame: FrameType | None) -> None:
+    for one in _DEADLY:
+        signal.signal(one, signal.SIG_DFL if one == number else signal.SIG_IGN)
     try:
         for lab in list(_live):
             lab.tear_down_to_die()
     finally:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)

@@ -231,7 +231,7 @@ def test_sweep_removes_the_lab_of_a_killed_creator(creator: tuple[subprocess.Pop
     wait_until(lambda: traces(namespace) == [], "sweep, if another test's lab was faster")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_tears_the_lab_down(creator: tuple[subprocess.Popen[str], Path, int], number: signal.Signals) -> None:
     process, namespace, pid = creator
     process.send_signal(number)
