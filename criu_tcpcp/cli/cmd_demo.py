@@ -15,20 +15,29 @@ from . import console
 if TYPE_CHECKING:
     from ..demo.download import Result
 
+_SHORTEST_S = 4.0  # a pass takes a second or two from the start of its command
 HELP = "a whole pass on this machine, explained"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw what the peer saw, as a time-sequence plot")
-    parser.add_argument("--size", type=_megabytes, default=256, metavar="MB", help="of the file (default: %(default)s)")
-    parser.add_argument("--rate", type=_megabytes, default=20, metavar="MB/S",
+    parser.add_argument("--size", type=_size, default=256, metavar="MB", help="of the file (default: %(default)s)")
+    parser.add_argument("--rate", type=_rate, default=20, metavar="MB/S",
                         help="of the download (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
-def _megabytes(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= len(text) <= 5 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number from 1 to 99999")
+def _size(text: str) -> int:
+    return _number(text, 99999)
+
+
+def _rate(text: str) -> int:
+    return _number(text, 4000)  # SO_MAX_PACING_RATE takes 32 bits of bytes a second
+
+
+def _number(text: str, highest: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= highest):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number from 1 to {highest}")
     return int(text)
 
 
@@ -38,6 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--plot {arguments.plot}: there is no directory {arguments.plot.resolve().parent}")
     if arguments.plot is not None and arguments.plot.is_dir():
         raise UsageError(f"--plot {arguments.plot}: is a directory")
+    seconds = (arguments.size << 20) / (arguments.rate * 1e6)
+    if seconds < _SHORTEST_S:
+        raise UsageError(f"{arguments.size} MB at {arguments.rate} MB/s are {seconds:.1f} s: the download would be "
+                         "over before the pass", hint="a larger --size, or a smaller --rate")
     result = download.play(size=arguments.size << 20, rate=arguments.rate,
                            say=console.progress if arguments.json else console.result)
     if arguments.json:

@@ -11,6 +11,7 @@ behind it, tcpdump, the kernel's counters. How far curl is, /proc/PID/io tells (
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -165,7 +166,13 @@ def _passes(here: Stage, servers: dict[str, Program], curl: _Curl, passes: int, 
         if not found:
             raise Refused(f"the {owner.name} has no download to pass", hint="a larger --size, or a smaller --rate")
         here.say(f"{'peer':>11} | curl has {curl.written() >> 20} of {size >> 20} MB")
-        reports.append(here.pass_connection(server, found[0], other))
+        try:
+            reports.append(here.pass_connection(server, found[0], other))
+        except Refused as error:
+            if curl.has_ended():
+                raise _Ended(f"the download ended before the pass: {error.message}",
+                             hint="a larger --size, or a smaller --rate") from None
+            raise
         owner, other = other, owner
     return reports
 
@@ -189,6 +196,9 @@ class _Curl:
                                         process_group=0)
         assert self._curl.stdout is not None
         self._curl.stdout.close()  # sha256sum has it
+
+    def has_ended(self) -> bool:
+        return self._curl.poll() is not None
 
     def written(self) -> int:
         with contextlib.suppress(OSError):
@@ -239,7 +249,7 @@ class _Captures:
             path = here.lab.directory / f"{role.value}.pcap"
             process = host.spawn(["tcpdump", "-i", host.interface, "-s", "200", "-B", "65536", "-U",
                                   "--immediate-mode", "-w", str(path), f"tcp port {PORT} or icmp"],
-                                 stderr=subprocess.PIPE, text=True, process_group=0)
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
             assert process.stderr is not None
             first = process.stderr.readline()
             if "listening" not in first:
@@ -273,6 +283,9 @@ def _same_file(here: Stage, size: int) -> Iterator[dict[str, str]]:
     """Directories of origin and destination with the same file: links of the lab's to one that has no name itself."""
     with tempfile.TemporaryFile() as file:
         try:
+            free = os.statvfs(file.fileno())
+            if size > free.f_bavail * free.f_frsize:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             _fill(file, size)
         except OSError as error:
             raise Refused(f"no place for a file of {size >> 20} MB: {error.strerror}", hint="a smaller --size") \

@@ -192,7 +192,8 @@ def test_a_child_that_is_killed_ends_it_in_one_line(victim: str, words: str) -> 
 @pytest.mark.parametrize(("options", "words"), [
     (["--plot", "/no/such/directory/x.svg"], "there is no directory /no/such/directory"),
     (["--plot", "/"], "is a directory"),
-    (["--size", "0"], "not a number from 1"), (["--rate", "x"], "not a number from 1")])
+    (["--size", "0"], "not a number from 1"), (["--rate", "x"], "not a number from 1"),
+    (["--size", "1"], "the download would be over before the pass"), (["--rate", "99999"], "not a number from 1")])
 def test_nonsense_is_refused_in_one_line(options: list[str], words: str) -> None:
     done = subprocess.run([COMMAND, "demo", *options], text=True, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
