@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,14 @@ def _idle_ms(text: str) -> int | None:
     if kind != "idle" or (number and not (number.isascii() and number.isdigit())) or text.endswith(":"):
         raise UsageError(f"--when {text!r}: now, idle, or idle:MS")
     return int(number) if number else 200
+
+
+def seconds(text: str) -> float:
+    """For argparse: at most a day."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 86400:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number of seconds from 0 to 86400")
 
 
 def process_id(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..core.errors import ExitCode, UsageError
 from . import console
 from .arguments import add_freeze_arguments, add_ssh_arguments, descriptor, freeze_options, process_id, target_of
 
+_LARGEST_STATE = 1 << 28  # as origin.py has it, for the queues and this
 HELP = "pass a connection to another host"
 
 
@@ -71,9 +73,14 @@ def _app_state(name: str | None) -> bytes:
     if name is None:
         return b""
     try:
-        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer if name == "-" else stack.enter_context(Path(name).open("rb"))
+            data = file.read(_LARGEST_STATE + 1)
     except OSError as error:
         raise UsageError(f"--app-state {name}: {error.strerror}") from None
+    if len(data) > _LARGEST_STATE:
+        raise UsageError(f"--app-state {name}: more than {_LARGEST_STATE >> 20} MiB")
+    return data
 
 
 def _dry_run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ import argparse
 
 from ..core.errors import ExitCode, TcpcpError, UsageError
 from . import console
-from .arguments import need_root
+from .arguments import need_root, seconds
 
 HELP = "settle passes in doubt"
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force-origin", action="store_true",
                         help="take the connection back without the destination's word: if it did take it, two hosts "
                              "speak for it from then on")
-    parser.add_argument("--timeout", type=float, default=10, metavar="S",
+    parser.add_argument("--timeout", type=seconds, default=10, metavar="S",
                         help="how long to ask the destination (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object a pass")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -82,7 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     about_connection = bool(words) and COMMANDS.get(words[0], ("", False))[1]
     as_json = "--json" in words  # also of a command line that cannot be parsed
     try:
-        arguments = parser().parse_args(words)
+        try:
+            arguments = parser().parse_args(words)
+        except OSError as problem:
+            if problem.errno != errno.ENOSPC:
+                raise
+            console.log(f"cannot write to stdout: {problem.strerror}")  # --help, --version
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return int(ExitCode.OK)
         status = _module(arguments.command).run(arguments)
         return int(status)
     except TcpcpError as problem:
