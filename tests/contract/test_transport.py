@@ -155,7 +155,8 @@ def test_what_was_written_before_close_arrives(far: Far, tmp_path: Path) -> None
     message = random.Random(2).randbytes(300000)
     with open_link(far(f"cat > {shlex.quote(str(tmp_path / 'copy'))}")) as link:
         link.socket.sendall(message)
-    until(lambda: (tmp_path / "copy").read_bytes() == message)
+    copy = tmp_path / "copy"
+    until(lambda: copy.exists() and copy.read_bytes() == message)
 
 
 def test_link_process_ends_with_its_user(far: Far) -> None:
