@@ -210,7 +210,10 @@ def test_a_lab_that_cannot_be_built_leaves_nothing(monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def creator() -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
     """A process that made a lab, the namespace of its peer, and the pid of something that runs in the lab."""
-    program = ("import signal, sys\nfrom criu_tcpcp.lab import Lab\nwith Lab() as lab:\n"
+    # Whoever runs the tests in the background may have it ignore some signals, and a child inherits that.
+    program = ("import signal, sys\nfrom criu_tcpcp.lab import Lab\n"
+               "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+               "signal.signal(signal.SIGINT, signal.default_int_handler)\nwith Lab() as lab:\n"
                "    print(lab.peer.netns, lab.peer.spawn(['sleep', '1000']).pid, flush=True)\n"
                "    lab.peer.processes[0].wait()\n")
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
