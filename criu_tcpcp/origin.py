@@ -53,7 +53,7 @@ from .core.messages import (
     Staged,
 )
 from .core.messages import Refused as RefusedMessage
-from .core.state import ConnectionState
+from .core.state import MAX_CARRIED, ConnectionState
 from .executor import GaveUp, event_of
 from .greeting import TIMEOUT_S, greet
 from .holding import Holding
@@ -384,8 +384,8 @@ class Origin:
         self._extracted_at_ms = _now_ms()
         self._sequences = (self._state.rcv_nxt, self._state.write_seq)
         self._image = encode(self._state, self._connection.inode)
-        if len(self._state.outgoing) + len(self._state.received) + len(self._app_state) > 1 << 28:
-            raise Refused("the queues and the application's state are over 256 MiB together")
+        if len(self._state.outgoing) + len(self._state.received) + len(self._app_state) > MAX_CARRIED:
+            raise Refused(f"the queues and the application's state are over {MAX_CARRIED >> 20} MiB together")
 
     def _send_prepare(self) -> None:
         image, staged = self._need(self._image), self._need(self.staged)

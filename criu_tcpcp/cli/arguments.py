@@ -63,15 +63,16 @@ def seconds(text: str) -> float:
 
 def process_id(text: str) -> int:
     """For argparse: a number that a process can have (PID_MAX_LIMIT, linux/threads.h)."""
-    return _number(text, 1, 1 << 22)
+    return number(text, 1, 1 << 22)
 
 
 def descriptor(text: str) -> int:
     """For argparse."""
-    return _number(text, 0, (1 << 31) - 1)
+    return number(text, 0, (1 << 31) - 1)
 
 
-def _number(text: str, lowest: int, highest: int) -> int:
+def number(text: str, lowest: int, highest: int) -> int:
+    """For argparse's types: a whole number within bounds."""
     if not (text.isascii() and text.isdigit() and len(text) < 11 and lowest <= int(text) <= highest):
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number from {lowest} to {highest}")
     return int(text)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ExitCode, UsageError
 from . import console
+from .arguments import number
 
 if TYPE_CHECKING:
     from ..demo.download import Result
@@ -28,17 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
-    return _number(text, 99999)
+    return number(text, 1, 99999)
 
 
 def _rate(text: str) -> int:
-    return _number(text, 4000)  # SO_MAX_PACING_RATE takes 32 bits of bytes a second
-
-
-def _number(text: str, highest: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= highest):
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number from 1 to {highest}")
-    return int(text)
+    return number(text, 1, 4000)  # SO_MAX_PACING_RATE takes 32 bits of bytes a second
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ExitCode, UsageError
+from ..core.state import MAX_CARRIED
 from . import console
 from .arguments import add_freeze_arguments, add_ssh_arguments, descriptor, freeze_options, process_id, target_of
 
-_LARGEST_STATE = 1 << 28  # as origin.py has it, for the queues and this
 HELP = "pass a connection to another host"
 
 
@@ -75,11 +75,11 @@ def _app_state(name: str | None) -> bytes:
     try:
         with contextlib.ExitStack() as stack:
             file = sys.stdin.buffer if name == "-" else stack.enter_context(Path(name).open("rb"))
-            data = file.read(_LARGEST_STATE + 1)
+            data = file.read(MAX_CARRIED + 1)
     except OSError as error:
         raise UsageError(f"--app-state {name}: {error.strerror}") from None
-    if len(data) > _LARGEST_STATE:
-        raise UsageError(f"--app-state {name}: more than {_LARGEST_STATE >> 20} MiB")
+    if len(data) > MAX_CARRIED:
+        raise UsageError(f"--app-state {name}: more than {MAX_CARRIED >> 20} MiB")
     return data
 
 

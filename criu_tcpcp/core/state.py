@@ -24,6 +24,7 @@ from .endpoint import Flow
 from .options import OptionValue
 from .tcp import TcpState
 
+MAX_CARRIED = 1 << 28  # bytes of both queues and of the application's state, which a pass carries at most
 MAX_QUEUE = 1 << 30  # bytes; the kernel's own limit (tcp_rmem, tcp_wmem) is far below
 
 
