@@ -96,9 +96,10 @@ class Stop:
 
 
 def request_response(sock: socket.socket, stop: Stop, *, rate: float, size: int, answer_size: int, seed: int,
-                     answer_limit_s: float = 60.0, worst: int = 20) -> dict[str, Any]:
-    """Request n is due 1/rate after request n-1 was, or right after its answer if that came later."""
-    requests, answers = Stream(seed), Checker(seed + 1)
+                     answer_limit_s: float = 60.0, worst: int = 20, echoed: bool = False) -> dict[str, Any]:
+    """Request n is due 1/rate after request n-1 was, or right after its answer if that came later. `echoed`: the
+    answers are the requests themselves."""
+    requests, answers = Stream(seed), Checker(seed if echoed else seed + 1)
     stalls = Stalls(worst)
     sent = answered = 0
     error: str | None = None
@@ -274,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
             program.add_argument("--answer-size", type=int)
             program.add_argument("--seconds", type=float)
             program.add_argument("--worst", type=int, default=20, help="how many response times to report")
+            program.add_argument("--echoed", action="store_true", help="the answers are the requests, sent back")
             program.add_argument("--until-eof", action="store_true", help="end when stdin does")
         else:
             program.add_argument("--send", type=int, required=True)
@@ -293,7 +295,8 @@ def main(argv: list[str] | None = None) -> int:
                             read_rate=arguments.read_rate, seed=arguments.seed)
         elif stop is not None:
             report = request_response(sock, stop, rate=arguments.rate, size=arguments.size, seed=arguments.seed,
-                                      answer_size=arguments.answer_size or arguments.size, worst=arguments.worst)
+                                      answer_size=arguments.answer_size or arguments.size, worst=arguments.worst,
+                                      echoed=arguments.echoed)
         else:
             signal.signal(signal.SIGTERM, _terminated)
             report = stream(sock, StreamEnd(arguments.seed, arguments.send, arguments.seed + 1, arguments.receive,
