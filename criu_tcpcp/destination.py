@@ -30,6 +30,7 @@ from .kernel import process, repair, routing, sockdiag, sockopt
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
+from .merging import Merging
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
 from .transport.wire import Wire
@@ -59,6 +60,7 @@ class Destination:
         self._moves: list[str] = []
         self._keeps_fence = False
         self._divert: DivertAtDestination | None = None
+        self._merging: Merging | None = None
         self._injector: Injector | None = None
         self._sock: socket.socket | None = None
         self._fresh_sock: socket.socket | None = None
@@ -120,6 +122,8 @@ class Destination:
         if not self.address_is_local:
             self._divert = DivertAtDestination()
             self._divert.stage(self._rules, self.flow)
+        else:
+            self._merging = Merging(self.flow)
         self._injector = Injector(self.flow.ip_version, MARK)
         self._fresh_sock = self._new_socket()
         self._fresh_options = sockopt.read_all(self._fresh_sock)
@@ -255,6 +259,8 @@ class Destination:
             raise Refused("the pass was not staged")
         if sock is not None and self._written is None:
             self._restorer(sock).run(clock_steps(state, self._elapsed_ms))
+        if self._merging is not None:
+            self._merging.begin(state.rcv_nxt)
         rules.take_over(self.flow, self._moves)  # if this host had passed the connection away, it comes home
 
     def _activate(self) -> None:
@@ -365,7 +371,7 @@ class Destination:
             self._written = repair.written_since(left.sock, state)
 
     def close(self) -> None:
-        for part in (self._sock, self._fresh_sock, self._graft, self._injector, self._rules):
+        for part in (self._sock, self._fresh_sock, self._graft, self._merging, self._injector, self._rules):
             if part is not None:
                 part.close()
 

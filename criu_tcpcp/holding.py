@@ -3,19 +3,41 @@
 Made before the freeze, since a table, a queue and a grace period take milliseconds to make. All of it belongs to this
 process: with it the kernel takes the rules away, and drops what still waits (the peer sends that again).
 
-`release` keeps their order: what waits is let go first, then the connection leaves the set, and what slipped into the
-queue behind the look-up follows after a grace period. A redirect that is in place by then takes them with it, since
-released packets go on behind the hold's chain (kernel/rules.py).
+`release` keeps their order: what waits is let go first, and the connection leaves the set at an instant at which
+nothing waits (kernel/rules.py, `gate`). A peer that sends without a pause may leave no such instant: after `PATIENCE_S`
+the hold ends all the same, and what slipped into the queue meanwhile follows. A redirect that is in place by then takes
+all of them with it, since released packets go on behind the hold's chain.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from .core.endpoint import Flow
 from .kernel.grace import GracePeriod
 from .kernel.nfqueue import ACCEPT, DROP, PacketQueue
-from .kernel.rules import Hold
+from .kernel.rawpacket import Injector
+from .kernel.rules import MARK, Hold
+
+PATIENCE_S = 0.02
+_READS = 4  # of the queue between two knocks: what was noted as arrived may reach the queue some microseconds later
+
+
+def end_in_order(hold: Hold, queue: PacketQueue, injector: Injector, flow: Flow, verdict: int) -> None:
+    """What waits gets the verdict, and what comes does not wait any more. A knock that finds that something arrived
+    since the one before only says so: what arrived is let go before the next. Two at a time, since the second comes
+    sooner than any question whether the hold has ended."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        for _ in range(2):
+            injector.knock(flow)
+            for _ in range(_READS):
+                queue.release(verdict)
+        if not hold.is_held(flow):
+            return
+    hold.remove(flow)
+    queue.release(verdict)
 
 
 class Holding:
@@ -24,11 +46,12 @@ class Holding:
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
         self._queue = PacketQueue()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._queue.close)
+            self._injector = Injector(flow.ip_version, MARK)
+            undo.callback(self._injector.close)
             self._hold = Hold(flow.ip_version, self._queue.number)
-        except BaseException:
-            self._queue.close()
-            raise
+            undo.pop_all()
         self._grace = GracePeriod()
         self._started: float | None = None
         self._ended: float | None = None
@@ -59,11 +82,8 @@ class Holding:
         """Let go of what waits, in its order, and of what comes; dropped if not `onward`. Done again, it does
         nothing."""
         verdict = ACCEPT if onward else DROP
-        while self._queue.release(verdict):
-            pass
+        end_in_order(self._hold, self._queue, self._injector, self._flow, verdict)
         self._ended = time.monotonic()
-        self._hold.remove(self._flow)
-        self._queue.release(verdict)
         self._grace.wait()  # packets that were past the set's look-up are in the queue now
         self._queue.release(verdict)
 
@@ -87,4 +107,5 @@ class Holding:
     def close(self) -> None:
         self._hold.close()
         self._queue.close()
+        self._injector.close()
         self._grace.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import random
 import struct
+from collections.abc import Iterable, Iterator
 
 from ..core.errors import KernelError
 from . import netlink
@@ -21,7 +22,7 @@ _SUBSYSTEM = 3
 _PACKET, _VERDICT, _CONFIG, _VERDICT_BATCH = 0, 1, 2, 3
 _CFG_CMD, _CFG_PARAMS, _CFG_MAXLEN, _CFG_MASK, _CFG_FLAGS = 1, 2, 3, 4, 5
 _BIND, _COPY_PACKET, _FLAG_GSO = 1, 2, 4
-_ATTR_HEADER, _ATTR_VERDICT = 1, 2
+_ATTR_HEADER, _ATTR_VERDICT, _ATTR_PAYLOAD = 1, 2, 10
 _COPY_BYTES = 120
 _LENGTH = 65536
 _BUFFER_BYTES = 64 << 20
@@ -73,23 +74,42 @@ class PacketQueue:
     def close(self) -> None:
         self._netlink.close()
 
-    def collect(self) -> int:
-        """Take note of the packets that came since; never blocks. Returns how many wait now."""
+    def _read(self) -> Iterator[tuple[int, bytes]]:
+        """(number, first bytes) of the packets that came since; never blocks."""
         while True:
             try:
                 with failing("NFQUEUE read"):
                     data = self._netlink.socket.recv(1 << 17)
             except KernelError as error:
                 if error.errno == errno.EAGAIN:
-                    return self.waiting
+                    return
                 raise
             for kind, _sequence, body in netlink.messages(data):
-                if kind != _SUBSYSTEM << 8 | _PACKET:
-                    continue
-                for attr, payload in netlink.attributes(body[4:]):
-                    if attr == _ATTR_HEADER:
-                        self._last_id = int.from_bytes(payload[:4], "big")
-                        self.waiting += 1
+                if kind == _SUBSYSTEM << 8 | _PACKET:
+                    found = dict(netlink.attributes(body[4:]))
+                    self._last_id = int.from_bytes(found[_ATTR_HEADER][:4], "big")
+                    self.waiting += 1
+                    yield self._last_id, bytes(found.get(_ATTR_PAYLOAD, b""))
+
+    def collect(self) -> int:
+        """Take note of the packets that came since; never blocks. Returns how many wait now."""
+        for _ in self._read():
+            pass
+        return self.waiting
+
+    def take(self) -> list[tuple[int, bytes]]:
+        """(number, its first bytes) of each packet that came since, for `let_go`; never blocks."""
+        return list(self._read())
+
+    def let_go(self, numbers: Iterable[int]) -> None:
+        """Accept these packets, in this order."""
+        for number in numbers:
+            body = netlink.attribute(_ATTR_VERDICT, struct.pack(">II", ACCEPT, number))
+            with failing("NFQUEUE verdict"):
+                self._netlink.socket.send(netlink.message(_SUBSYSTEM << 8 | _VERDICT, 0, 0, self.number, body,
+                                                          self._netlink.next_sequence()))
+            self.waiting -= 1
+            self.released += 1
 
     def release(self, verdict: int = ACCEPT) -> int:
         """Give the verdict to every packet that has come so far, in their order. Returns how many that were."""

@@ -35,7 +35,7 @@ _REG32_00, _REG32_12 = 8, 20
 _META_MARK, _META_L4PROTO = 3, 16
 _NETWORK, _TRANSPORT = 1, 2
 _CMP_EQ, _CMP_NEQ = 0, 1
-_DYNSET_ADD, _DYNSET_UPDATE = 0, 1
+_DYNSET_ADD, _DYNSET_UPDATE, _DYNSET_DELETE = 0, 1, 2
 _ACCEPT, _DROP = 1, 0
 _FIN_OR_RST = 0x05
 
@@ -107,6 +107,11 @@ def ends_connection() -> bytes:
     return _payload(_TRANSPORT, 13, 1, _REG32_12) + mask + _compare(_CMP_NEQ, b"\0")
 
 
+def has_no_flags() -> bytes:
+    """Matches a segment without any flag, which no TCP sends (RFC 9293 3.10.7.4: it is dropped, and not answered)."""
+    return _payload(_TRANSPORT, 13, 1, _REG32_12) + _compare(_CMP_EQ, b"\0")
+
+
 def load_flow(version: int, *, outgoing: bool = False) -> bytes:
     """Matches TCP and loads the packet's connection as an element: the source is the peer unless `outgoing`."""
     width, source, destination = (4, 12, 16) if version == 4 else (16, 8, 24)
@@ -127,7 +132,21 @@ def in_set(name: str) -> bytes:
 
 def refresh(name: str, timeout_s: int) -> bytes:
     """The loaded connection's element lives `timeout_s` from now."""
-    return _expression("dynset", text(1, name), be32(3, _DYNSET_UPDATE), be32(4, _REG32_00), be64(6, timeout_s * 1000))
+    return _change(name, _DYNSET_UPDATE, be64(6, timeout_s * 1000))
+
+
+def put_in(name: str) -> bytes:
+    """The loaded connection becomes an element of the set."""
+    return _change(name, _DYNSET_ADD)
+
+
+def take_out(name: str) -> bytes:
+    """The loaded connection is no element of the set any more (since Linux 5.4, d0a8d877da97)."""
+    return _change(name, _DYNSET_DELETE)
+
+
+def _change(name: str, operation: int, *more: bytes) -> bytes:
+    return _expression("dynset", text(1, name), be32(3, operation), be32(4, _REG32_00), *more)
 
 
 def duplicate(nexthop: bytes, interface: int) -> bytes:

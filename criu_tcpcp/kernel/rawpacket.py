@@ -7,6 +7,7 @@ through the loopback path; marked, so that every rule of ours lets it by (RFC 73
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import select
 import socket
@@ -17,7 +18,7 @@ from ..core.endpoint import Endpoint, Flow
 from ..core.restoreplan import InjectSegment
 from .syscalls import check, failing, libc
 
-FIN, ACK = 0x01, 0x10
+FIN, SYN, ACK = 0x01, 0x02, 0x10
 _SO_MARK, _SO_ATTACH_FILTER, _IPV6_HDRINCL = 36, 26, 36
 _ETH_P_IP, _ETH_P_IPV6 = 0x0800, 0x86DD
 _ETH_P_ALL = 3  # what a host sends itself is shown to taps of all protocols only (net/core/dev.c dev_queue_xmit_nit)
@@ -55,6 +56,20 @@ def build_segment(source: Endpoint, destination: Endpoint, *, sequence: int, ack
     return struct.pack(">IHBB", 6 << 28, length, socket.IPPROTO_TCP, 64) + pair + segment
 
 
+def extent(packet: bytes, ip_version: int) -> tuple[int, int]:
+    """(sequence number, how many numbers it takes) of a segment, by its headers; of anything else (0, 0). `packet`
+    may end behind the headers (RFC 791 3.1, RFC 8200 3, RFC 9293 3.1)."""
+    if ip_version == 4:
+        begin, end = (packet[0] & 15) * 4, int.from_bytes(packet[2:4], "big")
+    else:
+        begin, end = 40, 40 + int.from_bytes(packet[4:6], "big")
+    if packet[9 if ip_version == 4 else 6] != socket.IPPROTO_TCP or len(packet) < begin + 20:
+        return 0, 0
+    flags = packet[begin + 13]
+    length = end - begin - (packet[begin + 12] >> 4) * 4
+    return int.from_bytes(packet[begin + 4:begin + 8], "big"), length + bool(flags & SYN) + bool(flags & FIN)
+
+
 class Injector:
     """Gives packets to this host's own stack. `mark`: on every packet, so that rules can tell them apart."""
 
@@ -79,6 +94,13 @@ class Injector:
         """A byte that was received long ago: the socket answers with a duplicate ACK (RFC 9293 3.10.7.4)."""
         self._send(flow, build_segment(flow.peer, flow.local, sequence=sequence, acknowledgement=acknowledgement,
                                        flags=ACK, window=0, payload=b"\0"))
+
+    def knock(self, flow: Flow) -> None:
+        """Show a segment of the flow without any flag to this host's rules (kernel/rules.py, `gate`), which let it go
+        no further. A socket would ignore it."""
+        packet = build_segment(flow.peer, flow.local, sequence=0, acknowledgement=0, flags=0, window=0)
+        with contextlib.suppress(OSError):  # EPERM is what a rule drops; without the knock the hold ends all the same
+            self._socket.sendto(packet, (str(flow.local.address), 0))
 
     def _send(self, flow: Flow, packet: bytes) -> None:
         with failing("send of a made segment"):

@@ -1,7 +1,10 @@
 """The packet rules of a pass: who owns which table, and how long it stands.
 
-    table criu_tcpcp_hold_PID   `flags owner`: gone with the keeper, whatever ends it
-        held         prerouting -300   incoming packets of these connections wait in the keeper's packet queue
+    table criu_tcpcp_hold_PID_N `flags owner`: gone with the keeper, whatever ends it
+        held         prerouting -300   incoming packets of these connections wait in the keeper's packet queue, and
+                                       `arrived` says that one came
+        gate         output -301       a segment of the tool's own without flags ends the hold if none came since the
+                                       last such segment, and goes nowhere
         silent       output -300       what this host sends for these connections is dropped
     table criu_tcpcp            stands until its last connection is released
         moved_*      prerouting -299   go to the next hop in the set's name, and no further
@@ -10,8 +13,11 @@
                                        (routing.py) takes them to a local socket
 
 A packet released from the queue goes on *behind* `held`: where its connection is in a `moved` set by then, it takes the
-same way as those that come later, so a switch is one element added, and nothing slips past both. Packets that the
-tool itself hands to a local socket carry `MARK` and pass by all of it.
+same way as those that come later, so a switch is one element added, and nothing slips past both. That what waits goes
+before what comes needs one more thing: the hold may end only at an instant at which nothing waits, and a command that
+asks first and removes the element then is too late by some 0.1 ms. So the kernel asks itself, as a packet of ours goes
+by (`gate`), some 0.02 ms after the queue was last emptied. Packets that the tool hands to a local socket carry `MARK`
+and pass by all the rest.
 
 Elements live `LIFETIME_S` from their last packet, `CLOSING_S` once one of them carried FIN or RST: an idle connection
 must not lose its rules, or the old host would answer the next packet with a RST.
@@ -67,7 +73,7 @@ class Hold:
 
     def __init__(self, ip_version: int, queue_number: int) -> None:
         self._wire = netlink.NetlinkSocket()
-        self._table = Table(self._wire, f"{TABLE}_hold_{os.getpid()}", ip_version)
+        self._table = Table(self._wire, f"{TABLE}_hold_{os.getpid()}_{self._wire.fileno()}", ip_version)
         self.queues = True
         try:
             self._table.create(nftables.TABLE_OWNER)
@@ -81,10 +87,16 @@ class Hold:
         """The first of these that the kernel knows: `queue`, the xt target, or dropping (the peer sends again)."""
         failure: KernelError | None = None
         for queue in (nftables.queue_natively(number), nftables.queue_by_xt(number), nftables.drop()):
+            # Looked for again behind the note, or the gate could open between look-up and note.
             rules = (nftables.mark_is(MARK) + nftables.accept(),
-                     nftables.load_flow(version) + nftables.in_set("held") + queue)
+                     nftables.load_flow(version) + nftables.in_set("held") + nftables.put_in("arrived")
+                     + nftables.in_set("held") + queue)
+            ours = nftables.mark_is(MARK) + nftables.has_no_flags() + nftables.load_flow(version)
+            gate = (ours + nftables.in_set("arrived") + nftables.take_out("arrived") + nftables.drop(),
+                    ours + nftables.take_out("held") + nftables.drop())
             try:
-                self._table.install(Component(version, ("held",), (Chain("held", PREROUTING, -300, rules),)))
+                self._table.install(Component(version, ("held", "arrived"), (
+                    Chain("held", PREROUTING, -300, rules), Chain("gate", OUTPUT, -301, gate))))
             except KernelError as error:
                 failure = failure or error
                 continue
@@ -95,6 +107,9 @@ class Hold:
 
     def add(self, flow: Flow) -> None:
         self._table.add("held", [flow])
+
+    def is_held(self, flow: Flow) -> bool:
+        return self._table.contains("held", flow)
 
     def remove(self, flow: Flow) -> bool:
         return self._table.remove("held", flow)

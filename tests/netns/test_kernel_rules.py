@@ -14,16 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from criu_tcpcp.core import tcp
 from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.core.errors import KernelError
 from criu_tcpcp.core.restoreplan import activation_steps, clock_steps, dormant_steps
+from criu_tcpcp.holding import end_in_order
 from criu_tcpcp.kernel import netns, repair, routing, sockopt, tcpinfo
 from criu_tcpcp.kernel.grace import GracePeriod
-from criu_tcpcp.kernel.nfqueue import PacketQueue
+from criu_tcpcp.kernel.nfqueue import ACCEPT, PacketQueue
 from criu_tcpcp.kernel.rawpacket import Injector, Sniffer
 from criu_tcpcp.kernel.rules import MARK, TABLE, Hold, HostRules, host_rules
 from criu_tcpcp.kernel.timestamps import learn_ts_recent
 from criu_tcpcp.lab import Host, Lab, leftovers
+from criu_tcpcp.merging import Merging
 from waiting import until
 
 pytestmark = pytest.mark.root
@@ -59,6 +62,12 @@ def ruleset() -> str:
     return subprocess.run(["nft", "list", "ruleset"], text=True, capture_output=True, check=True).stdout
 
 
+def out_of_order() -> int:
+    """Segments that came to a socket of this namespace ahead of others."""
+    said = subprocess.run(["nstat", "-asjz", "TcpExtTCPOFOQueue"], text=True, capture_output=True, check=True).stdout
+    return int(json.loads(said)["kernel"]["TcpExtTCPOFOQueue"])
+
+
 # -- hold -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -78,7 +87,6 @@ def test_held_packets_wait_and_are_released_in_order(version: int, alone: None) 
         assert queue.collect() >= 0
         queue.release()
     assert moving.recv(200) == b"".join(b"%04d" % number for number in range(50))
-    assert tcpinfo.read(peer).total_retrans == 0
     assert hold.remove(flow)
     assert not hold.remove(flow)
     queue.release()
@@ -88,6 +96,73 @@ def test_held_packets_wait_and_are_released_in_order(version: int, alone: None) 
     assert TABLE not in ruleset()
     for one in (moving, peer, bystander, other):
         one.close()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_hold_ends_only_where_nothing_has_arrived_since_one_looked(version: int, alone: None) -> None:
+    moving, peer, flow = pair(version)
+    queue = PacketQueue()
+    hold = Hold(version, queue.number)
+    injector = Injector(version, MARK)
+    hold.add(flow)
+    peer.sendall(b"first")
+    injector.knock(flow)
+    assert hold.is_held(flow)
+    until(lambda: queue.release() >= 1, "it is let go")
+    peer.sendall(b"second")
+    injector.knock(flow)
+    assert hold.is_held(flow), "or the third would overtake the second"
+    until(lambda: queue.release() >= 1, "it is let go")
+    until(lambda: tcpinfo.read(peer).unacked == 0, "all of it to be acknowledged")
+    end_in_order(hold, queue, injector, flow, ACCEPT)
+    assert not hold.is_held(flow)
+    peer.sendall(b"third")
+    until(lambda: tcpinfo.unread_bytes(moving) == 16, "all to arrive")
+    assert moving.recv(16) == b"firstsecondthird"
+    injector.knock(flow)
+    exchange(moving, peer)
+    for part in (hold, queue, injector, moving, peer):
+        part.close()
+    assert ruleset() == ""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_comes_by_two_ways_is_merged_in_order(version: int, alone: None) -> None:
+    """The first segment is held on its way: the second arrives before it."""
+    moving, peer, flow = pair(version)
+    queue = PacketQueue()
+    merging = Merging(flow, missing_s=60)
+    hold = Hold(version, queue.number)  # of chains with the same priority, the newer comes first
+    hold.add(flow)
+    peer.sendall(b"first ")
+    until(lambda: queue.collect() == 1, "it waits")
+    hold.remove(flow)
+    merging.begin(repair.sequences(moving)[0])
+    peer.sendall(b"second ")
+    until(lambda: merging.waiting == 1, "the second to wait for the first")
+    assert tcpinfo.unread_bytes(moving) == 0
+    queue.release()
+    until(lambda: tcpinfo.unread_bytes(moving) == 13, "both to arrive")
+    assert moving.recv(13) == b"first second "
+    assert out_of_order() == 0
+    merging.close()
+    exchange(moving, peer)
+    for part in (hold, queue, moving, peer):
+        part.close()
+    assert ruleset() == ""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_does_not_come_by_the_other_way_is_not_waited_for(version: int, alone: None) -> None:
+    moving, peer, flow = pair(version)
+    merging = Merging(flow)
+    merging.begin(tcp.add(repair.sequences(moving)[0], -1000))
+    exchange(moving, peer)
+    merging.close()
+    exchange(moving, peer)
+    moving.close()
+    peer.close()
+    assert ruleset() == ""
 
 
 HOLDER = """if True:

@@ -42,7 +42,7 @@ def test_streams_with_full_queues_arrive_whole_and_the_application_state_with_th
     amounts = ("--send", str(STREAM_BYTES), "--receive", str(STREAM_BYTES))
     with world("stream", node_options=(*amounts, *slow)) as here:
         peer = Peer(here, "stream-peer", *amounts, *slow)
-        until(lambda: min(here.queued()) > 100_000, "both queues of the connection to fill")
+        until(lambda: min(here.queued()) > 50_000, "both queues of the connection to fill", every_s=0.02)
         here.pass_once("--max-stall", "5000")
         report = peer.result()
         assert report["error"] is None

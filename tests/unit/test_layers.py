@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"apps"}),
     frozenset({"inventory", "redirect", "graft", "application", "pipeline", "policy", "rehearsal", "report", "api",
                "holding", "greeting", "imagedir"}),
-    frozenset({"executor"}),
+    frozenset({"executor", "merging"}),
     frozenset({"origin", "destination", "imagewriter"}),
     frozenset({"keeper"}),
     frozenset({"settle", "features"}),

@@ -1,0 +1,49 @@
+"""The peer's segments in the order in which it sent them, where they come by two ways for an instant.
+
+Pure: numbers in, numbers out. A segment that continues what came before goes on at once, one that is ahead of it waits
+for what is missing. A segment that repeats something goes on at once as well: nothing is missing before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import tcp
+
+
+class Reorder:
+    """`next_sequence`: what the receiver expects next (RCV.NXT, RFC 9293 3.3.1)."""
+
+    def __init__(self, next_sequence: int) -> None:
+        self._next = next_sequence
+        self._waiting: dict[int, tuple[int, int]] = {}
+
+    @property
+    def waits(self) -> bool:
+        """Something is missing."""
+        return bool(self._waiting)
+
+    def came(self, number: int, sequence: int, length: int) -> list[int]:
+        """Segment `number` has come, of `length` bytes from `sequence` on (a SYN and a FIN are one each). Returns the
+        numbers of those that go on now, in their order."""
+        self._waiting[number] = (sequence, length)
+        return self._go(lambda ahead: ahead <= 0)
+
+    def give_up(self) -> list[int]:
+        """What is missing does not come: all go on, in their order."""
+        return self._go(lambda ahead: True)
+
+    def _go(self, may: Callable[[int], bool]) -> list[int]:
+        """The sort is stable: of two acknowledgements with one sequence number, the one that came first goes first."""
+        gone = []
+        for number, (sequence, length) in sorted(self._waiting.items(), key=lambda item: self._ahead(item[1][0])):
+            if not may(self._ahead(sequence)):
+                break
+            gone.append(number)
+            del self._waiting[number]
+            if self._ahead(tcp.add(sequence, length)) > 0:
+                self._next = tcp.add(sequence, length)
+        return gone
+
+    def _ahead(self, sequence: int) -> int:
+        return tcp.distance(sequence, self._next)
