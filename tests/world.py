@@ -145,7 +145,7 @@ class World:
         captures = self.captures()
         verdict = self._judged(captures, loss_free=loss_free, counters=counters, application=application,
                                passes=passes)
-        assert verdict.violations == [], "\n".join(map(str, verdict.violations[:20]))
+        assert not verdict.violations, "\n".join(map(str, verdict.violations[:20]))
         accepted = ["10: the peer's application: no report" if application is None else None,
                     "9: the peer's kernel counters: not given" if before is None else None,
                     "9: retransmissions are counted, not judged" if not loss_free else None,
