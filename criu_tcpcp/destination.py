@@ -21,12 +21,11 @@ from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, Tcpcp
 from .core.handoff import Action, DestinationState, Event
 from .core.image import Image, decode, read_inet_sk
 from .core.messages import Message, Stage
-from .core.options import OptionValue
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
-from .core.state import ConnectionState
+from .core.state import ConnectionState, fitted
 from .executor import GaveUp, event_of
 from .journal import LOST_MARK, Journal
-from .kernel import process, repair, routing, sockdiag, sockopt
+from .kernel import process, repair, routing, sockdiag
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
@@ -63,8 +62,6 @@ class Destination:
         self._merging: Merging | None = None
         self._injector: Injector | None = None
         self._sock: socket.socket | None = None
-        self._fresh_sock: socket.socket | None = None
-        self._fresh_options: dict[str, OptionValue] = {}
         self._state: ConnectionState | None = None
         self._message: messages.Prepare | messages.Activate | None = None
         self._rehearsed: Image | None = None
@@ -113,6 +110,8 @@ class Destination:
             self.journal.draft(verdict)
         self.journal.reserve(LOST_MARK)
         self._make_rules()
+        self._arrange()
+        self._rehearsed = rehearse(flow.ip_version)
 
     def _make_rules(self) -> None:
         self._rules = HostRules(self.flow.ip_version)
@@ -125,12 +124,12 @@ class Destination:
         else:
             self._merging = Merging(self.flow)
         self._injector = Injector(self.flow.ip_version, MARK)
-        self._fresh_sock = self._new_socket()
-        self._fresh_options = sockopt.read_all(self._fresh_sock)
-        self._rehearsed = rehearse(self.flow.ip_version)
 
-    def _new_socket(self) -> socket.socket:
-        return socket.socket(self.flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    def _arrange(self) -> None:
+        way, rules, injector = self._graft, self._rules, self._injector
+        if way is None or rules is None or injector is None:
+            raise Refused("the pass was not staged")
+        way.arrange(self.flow, graft.Ground(self.journal, rules, injector))
 
     @property
     def into(self) -> str:
@@ -188,10 +187,15 @@ class Destination:
         """A complete connection, dormant. What the origin says about it is believed only where it fits what was
         staged."""
         state = self._decoded()
-        sock, self._fresh_sock = self._fresh_sock or self._new_socket(), None
-        self._sock = sock
-        self._restorer(sock).run(dormant_steps(state, self._fresh_options))
-        sock.setblocking(True)
+        if self._graft is None:
+            raise Refused("the pass was not staged")
+        vessel = self._graft.vessel(self.flow)
+        sock = self._sock = vessel.sock
+        if vessel.own:
+            state = self._state = fitted(state, vessel.options, sock.family == socket.AF_INET6)
+        self._restorer(sock).run(dormant_steps(state, vessel.options))
+        if not vessel.own:  # the flag is the program's, too
+            sock.setblocking(True)
 
     def _decoded(self) -> ConnectionState:
         message = self._message
@@ -270,6 +274,7 @@ class Destination:
         sock, state, way = self._sock, self._state, self._graft
         if sock is None or state is None or way is None:
             raise Refused("the pass was not staged")
+        way.brace(unwritten=bool(state.unsent_bytes))
         self._restorer(sock).run(activation_steps(state, self._written))
         way.activate(self.journal.pass_id)
         sock.close()
@@ -356,13 +361,14 @@ class Destination:
             if process.is_alive(taker):
                 raise GaveUp
             raise Refused("the program that had the connection is not there any more")
-        left = self._graft.reclaim(self.journal.pass_id)
+        left = self._graft.reclaim(self.journal)
         # One that has a new receiver does not remember; but what lives here can only be what it was given.
         self._delivered = left.delivered or (left.sock is None and sockdiag.state_of(self.flow) is not None)
         if self._delivered:
             return
         self._make_rules()
         if left.sock is None:
+            self._arrange()
             self._restore()
             self._graft_dormant()
             return
@@ -371,7 +377,7 @@ class Destination:
             self._written = repair.written_since(left.sock, state)
 
     def close(self) -> None:
-        for part in (self._sock, self._fresh_sock, self._graft, self._merging, self._injector, self._rules):
+        for part in (self._sock, self._graft, self._merging, self._injector, self._rules):
             if part is not None:
                 part.close()
 

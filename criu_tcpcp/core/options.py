@@ -109,6 +109,12 @@ TABLE: tuple[Option, ...] = (
     Option("SO_REUSEADDR", _SOCKET, 2, _RUNNING, criu="opts.reuseaddr"),
 )
 
+#: What the peer, or the network, can tell: of a socket that its program has set up already, only these are changed.
+ON_THE_WIRE = frozenset({"TCP_CONGESTION", "IP_TOS", "IP_TTL", "IP_MTU_DISCOVER", "IPV6_UNICAST_HOPS", "IPV6_TCLASS",
+                         "IPV6_MTU_DISCOVER"})
+#: What may grow and not shrink there: the peer was promised a window that it fills.
+BUFFERS = frozenset({"SO_RCVBUF", "SO_SNDBUF"})
+
 BY_NAME = {option.name: option for option in TABLE}
 
 

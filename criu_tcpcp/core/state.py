@@ -17,11 +17,11 @@ consistent, though it may still be a lie (who may tell it is decided elsewhere).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import tcp
 from .endpoint import Flow
-from .options import OptionValue
+from .options import BUFFERS, ON_THE_WIRE, OptionValue
 from .tcp import TcpState
 
 MAX_CARRIED = 1 << 28  # bytes of both queues and of the application's state, which a pass carries at most
@@ -137,3 +137,17 @@ class ConnectionState:
     def owes_ack(self) -> bool:
         """Data arrived that no segment of ours has acknowledged yet."""
         return self.rcv_nxt != self.window.rcv_wup
+
+
+def fitted(state: ConnectionState, own: Mapping[str, OptionValue], ipv6_socket: bool) -> ConnectionState:
+    """The state for a socket that a program has set up already: it keeps the options that are the program's affair
+    (`own`), and its family (`ipv6_socket`), in which an IPv4 connection is v4-mapped."""
+    options = dict(state.options)
+    for name, value in own.items():
+        carried = options.get(name)
+        if name in BUFFERS and isinstance(value, int) and isinstance(carried, int):
+            options[name] = max(value, carried)
+        elif name not in ON_THE_WIRE or carried is None:
+            options[name] = value
+    flow = replace(state.flow, mapped=ipv6_socket and state.flow.ip_version == 4)
+    return replace(state, flow=flow, options=options)

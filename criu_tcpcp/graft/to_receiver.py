@@ -14,9 +14,10 @@ from pathlib import Path
 from .. import apps
 from ..core.endpoint import Flow
 from ..core.errors import LinkError, Refused
-from ..kernel import process
+from ..journal import Journal
+from ..kernel import process, sockopt
 from ..kernel.syscalls import failing
-from . import Reclaimed
+from . import Ground, Reclaimed, Vessel
 
 _TIMEOUT_S = 2.0
 _PRIVILEGED_PORTS = 1024
@@ -25,14 +26,29 @@ _PRIVILEGED_PORTS = 1024
 class ToReceiver:
     """A conversation with one receiver."""
 
+    stops = False
+
     def __init__(self, path: Path, conversation: apps.Conversation) -> None:
         self._conversation = conversation
+        self._vessel: Vessel | None = None
         pid, uid = conversation.peer()
         self.path = path
         self.uid = uid
         self.way = f"receiver:{path}"
         self.taker = process.identity(pid) if pid else process.Identity(0, 0)
         self.description = f"receiver {path} ({process.name(pid)}, process {pid})"
+
+    def arrange(self, flow: Flow, ground: Ground) -> None:
+        """Nothing but the socket, before anybody waits for it."""
+        sock = socket.socket(flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._vessel = Vessel(sock, sockopt.read_all(sock), own=False)
+
+    def vessel(self, flow: Flow) -> Vessel:
+        """The new socket; it is the caller's now."""
+        vessel, self._vessel = self._vessel, None
+        if vessel is None:
+            raise Refused("the pass was not staged")
+        return vessel
 
     def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None:
         """The application holds the connection now, dormant. Refused where it has gone."""
@@ -50,6 +66,9 @@ class ToReceiver:
         """Refused where the application has gone."""
         if self._has_hung_up():
             raise Refused(f"{self.description} has gone")
+
+    def brace(self, unwritten: bool) -> None:
+        """The application does not touch a connection before it is told to."""
 
     def activate(self, pass_id: str) -> None:
         """Hand it over for use. LinkError where the application has gone: its end of the connection goes with it."""
@@ -72,10 +91,10 @@ class ToReceiver:
         except apps.Gone:
             return
 
-    def reclaim(self, pass_id: str) -> Reclaimed:
+    def reclaim(self, journal: Journal) -> Reclaimed:
         """What the application has of this pass."""
         try:
-            answer, descriptors = self._conversation.ask({"op": "claim", "id": pass_id})
+            answer, descriptors = self._conversation.ask({"op": "claim", "id": journal.pass_id})
         except apps.Gone:
             return Reclaimed()
         if answer.get("op") != "held" or len(descriptors) != 1:
@@ -86,6 +105,8 @@ class ToReceiver:
 
     def close(self) -> None:
         self._conversation.close()
+        if self._vessel is not None:
+            self._vessel.sock.close()
 
 
 def at_path(path: str) -> ToReceiver:
