@@ -476,6 +476,11 @@ class Origin:
         self.journal.write("let go")
 
     def _resume(self) -> None:
+        """Without a copy of the socket here: the program's close would not be the last one, so that an epoll instance
+        went on telling of it, by a number that means nothing any more (epoll(7), questions 6)."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
         self._run_again()
         self._tell_application("passed")
 
