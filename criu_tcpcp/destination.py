@@ -24,8 +24,9 @@ from .core.messages import Message, Stage
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
 from .core.state import ConnectionState, fitted
 from .executor import GaveUp, event_of
+from .graft import in_place
 from .journal import LOST_MARK, Journal
-from .kernel import process, repair, routing, sockdiag
+from .kernel import process, repair, routing, sockdiag, sockopt
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
@@ -35,8 +36,10 @@ from .rehearsal import rehearse, warm_up
 from .transport.wire import Wire
 
 _PREPARED_TIMEOUT_S = 10.0
+_STANDING_TIMEOUT_S = 1.0  # with a whole program standing still
 # Until the state comes, the origin may wait for a quiet instant, or for its application.
 _TIMEOUTS_S = {DestinationState.READY: 60.0, DestinationState.INTERRUPTED: 30.0}
+_FORCED = frozenset({"SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK"})  # of a dormant socket: they are not the program's
 
 
 class Destination:
@@ -82,7 +85,7 @@ class Destination:
             read_inet_sk(stage.inet_sk)
             side._stage()
         except BaseException:
-            side._take_back()
+            side._discard()
             raise
         return side
 
@@ -144,7 +147,8 @@ class Destination:
         self._reason = str(error)
 
     def timeout_s(self) -> float | None:
-        return _TIMEOUTS_S.get(self._machine_state, _PREPARED_TIMEOUT_S)
+        stands = self._graft is not None and self._graft.stops and self._machine_state is DestinationState.PREPARED
+        return _STANDING_TIMEOUT_S if stands else _TIMEOUTS_S.get(self._machine_state, _PREPARED_TIMEOUT_S)
 
     def next_event(self, timeout_s: float | None) -> Event:
         try:
@@ -299,6 +303,8 @@ class Destination:
         whose program ended."""
         if self._graft is not None:
             self._graft.discard(self.journal.pass_id)
+        elif self._rules is not None:
+            graft.abandon(self.journal, self._rules)
         if self._sock is not None:
             self._sock.close()
             self._sock = None
@@ -350,14 +356,14 @@ class Destination:
         staged = self.journal.field("staged")
         if self.journal.has_mark(LOST_MARK) or staged is None:
             raise Refused("the program that had the connection is not there any more")
-        taker = Identity(*staged["taker"])
+        taker = Identity(*(self.journal.field(in_place.TAKEN) or staged)["taker"])
         try:
-            self._graft = graft.find(staged["way"], self.flow)
+            self._graft = graft.find_again(staged["way"], self.flow, self.journal)
         except Refused:
             if process.is_alive(taker):
                 raise GaveUp from None
             raise
-        if self._graft.taker != taker or not taker.pid:
+        if not self._graft.stops and (self._graft.taker != taker or not taker.pid):
             if process.is_alive(taker):
                 raise GaveUp
             raise Refused("the program that had the connection is not there any more")
@@ -373,6 +379,11 @@ class Destination:
             self._graft_dormant()
             return
         self._sock = left.sock
+        if left.own:
+            own = sockopt.read_all(left.sock)
+            state = fitted(state, {name: value for name, value in own.items() if name not in _FORCED},
+                           left.sock.family == socket.AF_INET6)
+            self._state = state
         if not repair.is_in_repair(left.sock):
             self._written = repair.written_since(left.sock, state)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from . import graft
 from . import journal as journals
 from .core import handoff
 from .core.endpoint import Flow
@@ -348,6 +349,7 @@ def _remove(journal: Journal) -> None:
                 rules.stay(flow)
                 rules.unfence(flow)
                 DivertAtDestination().undo(rules, flow)
+            graft.forget(journal, rules)
             rules.sweep()
     take_away_remnant(journal)
     journal.remove()
@@ -401,6 +403,7 @@ def _undo_staged(journal: Journal) -> None:
     if staged is not None and not _in_use_by_another(journal):
         flow = Flow.from_json(staged["flow"])
         with host_rules(flow.ip_version) as rules:
+            graft.abandon(journal, rules)
             # Passed away before: its fence stays, since packets still come by.
             if not staged.get("keeps_fence") and not rules.is_moved(flow):
                 rules.unfence(flow)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,11 @@ class World:
     def __init__(self, lab: Lab, kind: str = "echo", *, version: int = 4, listen: str | None = None,
                  register: bool = True, node_options: tuple[str, ...] = (),
                  destination_options: tuple[str, ...] = (), captured: bool = True, own_processors: bool = False,
-                 whole: bool = False) -> None:
+                 whole: bool = False, programs: Mapping[str, Sequence[str]] | None = None, port: int = PORT,
+                 waiting: bool = True) -> None:
         """`whole`: capture every byte, and have a network in which none needs a reservation: no packet overtakes
-        another, and none is cut by a network card."""
+        another, and none is cut by a network card. `programs`: what runs at each of the two hosts instead, and knows
+        nothing of passes; it need not tell events. The destination's listens on `port`; `waiting`: until both do."""
         self.lab, self.version, self.kind = lab, version, kind
         self.clean = {host.name: leftovers(host) for host in (lab.origin, lab.destination)}
         for host in (lab.origin, lab.destination):
@@ -110,11 +112,15 @@ class World:
         common = [*self.prefix, sys.executable, "-m", "criu_tcpcp.lab.node", "--port", str(PORT), "--kind", kind,
                   *(["--register"] if register else []), *node_options]
         address = listen or ("0.0.0.0" if version == 4 else "::")
-        self.nodes = {
-            lab.origin.name: Program(lab.origin, [*common, "--listen", address]),
-            lab.destination.name: Program(lab.destination, [*common, *destination_options])}
-        for node in self.nodes.values():
-            node.wait_for("listening")
+        self.unmodified = programs is not None
+        argv = programs or {lab.origin.name: [*common, "--listen", address],
+                            lab.destination.name: [*common, *destination_options]}
+        self.nodes = {host.name: Program(host, [*argv[host.name]]) for host in (lab.origin, lab.destination)}
+        for host in (lab.origin, lab.destination):
+            if not self.unmodified:
+                self.nodes[host.name].wait_for("listening")
+            elif waiting:
+                self._until_it_listens(host, port if host is lab.destination else PORT)
         self.owner = lab.origin
         self.flow: Flow | None = None
         self._owners: list[tuple[int, int, Host, Host]] = []  # of each pass: began, ended (wall clock, ns), from, to
@@ -205,7 +211,21 @@ class World:
         addresses = [self.lab.origin.address(self.version), address or self.lab.peer.address(self.version)]
         self.flow = Flow(Endpoint(ipaddress.ip_address(str(addresses[0])), PORT),
                          Endpoint(ipaddress.ip_address(str(addresses[1])), port))
-        self.node.wait_for("serving")
+        if self.unmodified:
+            until(lambda: self.serving(self.owner), "the connection to be accepted", every_s=0.02)
+        else:
+            self.node.wait_for("serving")
+
+    def serving(self, host: Host) -> list[tuple[int, int]]:
+        """(process, descriptor) of whoever has the connection at this host, by ss."""
+        assert self.flow is not None
+        return _users(host.run(["ss", "-tnpH", "state", "all", "sport", "=", str(self.flow.local.port), "dport", "=",
+                                str(self.flow.peer.port)]).stdout)
+
+    @staticmethod
+    def _until_it_listens(host: Host, port: int) -> None:
+        until(lambda: host.run(["ss", "-tlnH", "sport", "=", str(port)]).stdout, f"{host.name}'s program to listen",
+              every_s=0.02)
 
     # -- the pass ------------------------------------------------------------------------------------------------------
 
@@ -220,10 +240,13 @@ class World:
 
     def descriptor(self) -> int:
         """Of the connection, in the program that has it."""
+        if self.unmodified:
+            return self.serving(self.owner)[0][1]
         return int(self.node.wait_for("serving", max(1, self.node.count("serving")))["fd"])
 
     def pass_argv(self, *options: str) -> list[str]:
-        return [COMMAND, "pass", "--json", "--pid", str(self.node.process.pid), "--fd", str(self.descriptor()),
+        pid = self.serving(self.owner)[0][0] if self.unmodified else self.node.process.pid
+        return [COMMAND, "pass", "--json", "--pid", str(pid), "--fd", str(self.descriptor()),
                 *self.lab.ssh_options(self.other, self.version), *options]
 
     def queued(self) -> tuple[int, int]:
@@ -251,7 +274,8 @@ class World:
         assert done.returncode == report["exit"] == 0, (report, done.stderr)
         self._owners.append((began, time.time_ns(), self.owner, self.other))
         self.owner = self.other
-        self.node.wait_for("serving", served + 1)
+        if not self.unmodified:
+            self.node.wait_for("serving", served + 1)
         return dict(report)
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -273,6 +297,10 @@ class World:
             now = [line for line in leftovers(host) if "apps" not in line and line != "file d passes"]
             left += [f"{host.name}: {line}" for line in now if line not in self.clean[host.name]]
         return left
+
+
+def _users(listed: str) -> list[tuple[int, int]]:
+    return [(int(pid), int(fd)) for pid, fd in re.findall(r"pid=(\d+),fd=(\d+)", listed)]
 
 
 @contextlib.contextmanager

@@ -10,23 +10,28 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..core.endpoint import Flow
 from ..core.errors import Refused, UsageError
 from ..core.options import OptionValue
 from ..journal import Journal
+from ..kernel import process, sockdiag
 from ..kernel.process import Identity
 from ..kernel.rawpacket import Injector
 from ..kernel.rules import HostRules
 
+if TYPE_CHECKING:
+    from . import in_place
+
 
 @dataclass(frozen=True)
 class Reclaimed:
-    """What an earlier serve left with the program: nothing, the connection half-way (`sock`), or one that is handed out
-    already (`delivered`)."""
+    """What an earlier serve left with the program: nothing, the connection half-way (`sock`; `own` as of a Vessel), or
+    one that is handed out already (`delivered`)."""
 
     sock: socket.socket | None = None
+    own: bool = False
     delivered: bool = False
 
 
@@ -53,7 +58,8 @@ class Graft(Protocol):
     """One way in, for one pass. `way`: what `find` takes to find it again. `taker`: the process that the connection is
     for; its number is 0 where it is not known here (another pid namespace), or not yet."""
 
-    description: str
+    @property
+    def description(self) -> str: ...
     way: str
     taker: Identity
     stops: bool  # the program stands still from `vessel` on, until `activate` or `discard`
@@ -72,20 +78,63 @@ class Graft(Protocol):
 def check_name(into: str) -> None:
     """UsageError where `--into` names no way in: known before the destination is reached."""
     kind, colon, rest = into.partition(":")
-    if into != "auto" and not (kind == "receiver" and bool(rest) == bool(colon)):
-        raise UsageError(f"--into {into[:80]}: not a way in that this version knows", hint="auto or receiver[:PATH]")
+    numbers = [part.isascii() and part.isdigit() and len(part) < 10 for part in rest.split(":")]
+    known = {"auto": not colon, "receiver": bool(rest) == bool(colon), "accept": numbers == [True],
+             "listen": numbers == [True] and 0 < int(rest) < 65536}
+    if not known.get(kind, False):
+        raise UsageError(f"--into {into[:80]}: not a way in that this version knows",
+                         hint="auto, receiver[:PATH], accept:PID or listen:PORT")
 
 
 def find(into: str, flow: Flow) -> Graft:
     """The way that `--into` names. Refused says what is missing and what could be done; nothing is touched."""
-    from . import to_receiver
+    from . import to_accept, to_receiver
     check_name(into)
     kind, _, rest = into.partition(":")
     if kind == "receiver":
         return to_receiver.at_path(rest) if rest else to_receiver.for_port(flow.local.port)
-    found = to_receiver.try_port(flow.local.port)
+    if kind == "accept":
+        return to_accept.of_process(int(rest), flow)
+    if kind == "listen":
+        return to_accept.at_port(int(rest), flow)
+    port = flow.local.port
+    found = to_receiver.try_port(port)
     if found is not None:
         return found
-    raise Refused(f"nothing at the destination takes connections of port {flow.local.port}",
-                  hint=f"an application there that makes criu_tcpcp.Receiver(port={flow.local.port}), or "
-                       "--into receiver:PATH")
+    if to_accept.listens(port):
+        return to_accept.at_port(port, flow)
+    raise Refused(f"nothing at the destination takes connections of port {port}",
+                  hint=f"a server there that listens on port {port}; an application that makes "
+                       f"criu_tcpcp.Receiver(port={port}); or --into listen:PORT, accept:PID or receiver:PATH")
+
+
+def find_again(way: str, flow: Flow, journal: Journal) -> Graft:
+    """The way that an earlier serve went for this pass. Refused where it is not there any more."""
+    from . import in_place, to_accept
+    if journal.field(in_place.TAKEN) is not None and in_place.ProgramSocket.of_journal(journal) is not None:
+        return to_accept.again(way)
+    return find(way, flow)
+
+
+def abandon(journal: Journal, rules: HostRules) -> None:
+    """Take away what a serve that was killed has made in a program for a pass that is undone: for the program its
+    connection ends, and nobody else hears of it. The fence must stand."""
+    from . import in_place, throwaway
+    taken = in_place.ProgramSocket.of_journal(journal) or _thrown_at_program(throwaway.thrown_flow(journal))
+    if taken is not None:
+        taken.end()
+    throwaway.clear(journal, rules)
+
+
+def _thrown_at_program(flow: Flow | None) -> in_place.ProgramSocket | None:
+    from . import in_place
+    entry = sockdiag.entry_of(flow) if flow is not None else None
+    if entry is None or not entry.inode:
+        return None
+    return in_place.first_of(process.holders({entry.inode})[entry.inode], entry.inode, entry.cookie)
+
+
+def forget(journal: Journal, rules: HostRules) -> None:
+    """The pass is history: what stands for its throw-away connections goes."""
+    from . import throwaway
+    throwaway.unfence(journal, rules)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import random
+import select
 import struct
 from collections.abc import Iterable, Iterator
 
@@ -100,6 +101,17 @@ class PacketQueue:
     def take(self) -> list[tuple[int, bytes]]:
         """(number, its first bytes) of each packet that came since, for `let_go`; never blocks."""
         return list(self._read())
+
+    def next_packet(self, timeout_s: float) -> bytes | None:
+        """The first bytes of a packet, from its IP header on, as soon as there is one that was not seen; it, and all
+        that wait with it, are dropped. None where none comes in time."""
+        poller = select.poll()
+        poller.register(self._netlink.socket, select.POLLIN)
+        if not poller.poll(timeout_s * 1000):
+            return None
+        found = [packet for _number, packet in self._read()]
+        self.release(DROP)
+        return found[0] if found else None
 
     def let_go(self, numbers: Iterable[int]) -> None:
         """Accept these packets, in this order."""

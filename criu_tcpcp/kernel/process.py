@@ -42,6 +42,68 @@ def run_state(pid: int) -> str:
     return fields[0] if fields else ""
 
 
+def parent(pid: int) -> int:
+    """The number of the process that it is a child of; 0 where there is no such process."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def waits(pid: int) -> bool:
+    """Every thread of the process waits in the kernel, or is stopped, at this instant."""
+    try:
+        tids = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return True
+    return not any((fields := _stat(f"{pid}/task/{tid}")) and fields[0] == "R" for tid in tids)
+
+
+def tracer_of(pid: int, tid: int | None = None) -> int:
+    """The process that traces this thread (the first one); 0 where none does."""
+    try:
+        with open(f"/proc/{pid}/task/{tid or pid}/status") as status:
+            for line in status:
+                if line.startswith("TracerPid:"):
+                    return int(line.split()[1])
+    except OSError:
+        return 0
+    return 0
+
+
+def is_32_bit(pid: int) -> bool:
+    """Its program is a 32-bit one (elf(5), EI_CLASS)."""
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as program:
+            return program.read(5) == b"\x7fELF\x01"
+    except OSError:
+        return False
+
+
+def accepts_by_io_uring(pid: int) -> bool:
+    """An accept of this process waits in an io_uring, where no stop of its threads reaches it
+    (io_uring/fdinfo.c, io_uring_show_fdinfo; IORING_OP_ACCEPT is 13)."""
+    for number, link in descriptors(pid).items():
+        if link != "anon_inode:[io_uring]":
+            continue
+        try:
+            with open(f"/proc/{pid}/fdinfo/{number}") as info:
+                if any(line.split(",")[0].strip() == "op=13" for line in info):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def listens_on_unix(pid: int) -> bool:
+    """The process accepts from a unix socket (proc(5), /proc/net/unix: flag __SO_ACCEPTCON)."""
+    inodes = {socket_inode(link) for link in descriptors(pid).values()}
+    try:
+        with open(f"/proc/{pid}/net/unix", errors="replace") as listed:
+            rows = [line.split() for line in listed][1:]
+    except OSError:
+        return False
+    return any(len(row) > 6 and int(row[3], 16) & 0x10000 and int(row[6]) in inodes for row in rows)
+
+
 def has_ended(pid: int, tid: int) -> bool:
     """The thread of this process has: a main thread stays visible as a zombie as long as there are others."""
     fields = _stat(f"{pid}/task/{tid}")

@@ -18,7 +18,7 @@ from ..core.endpoint import Endpoint, Flow
 from ..core.restoreplan import InjectSegment
 from .syscalls import check, failing, libc
 
-FIN, SYN, ACK = 0x01, 0x02, 0x10
+FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 _SO_MARK, _SO_ATTACH_FILTER, _IPV6_HDRINCL = 36, 26, 36
 _ETH_P_IP, _ETH_P_IPV6 = 0x0800, 0x86DD
 _ETH_P_ALL = 3  # what a host sends itself is shown to taps of all protocols only (net/core/dev.c dev_queue_xmit_nit)
@@ -101,6 +101,11 @@ class Injector:
         packet = build_segment(flow.peer, flow.local, sequence=0, acknowledgement=0, flags=0, window=0)
         with contextlib.suppress(OSError):  # EPERM is what a rule drops; without the knock the hold ends all the same
             self._socket.sendto(packet, (str(flow.local.address), 0))
+
+    def deliver_bare(self, flow: Flow, flags: int, sequence: int, acknowledgement: int = 0) -> None:
+        """A segment without data or options, from the peer."""
+        self._send(flow, build_segment(flow.peer, flow.local, sequence=sequence, acknowledgement=acknowledgement,
+                                       flags=flags, window=65535))
 
     def _send(self, flow: Flow, packet: bytes) -> None:
         with failing("send of a made segment"):

@@ -112,7 +112,7 @@ class Tracee:
             if error.errno != errno.EPERM:
                 raise
             # The kernel attached this one itself when it was cloned, or someone else traces it.
-            if _tracer_of(self.pid, tid) != os.getpid():
+            if process.tracer_of(self.pid, tid) != os.getpid():
                 if process.has_ended(self.pid, tid):
                     return False
                 raise Refused(_why_not_traceable(self.pid, tid)) from None
@@ -285,19 +285,8 @@ class Tracee:
         self._threads.pop(tid, None)
 
 
-def _tracer_of(pid: int, tid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/task/{tid}/status") as status:
-            for line in status:
-                if line.startswith("TracerPid:"):
-                    return int(line.split()[1])
-    except OSError:
-        return 0
-    return 0
-
-
 def _why_not_traceable(pid: int, tid: int) -> str:
-    tracer = _tracer_of(pid, tid)
+    tracer = process.tracer_of(pid, tid)
     if tracer:
         return f"process {pid} is traced by process {tracer} already"
     return f"process {pid} may not be traced (another user's, or a Yama or container policy)"

@@ -1,0 +1,241 @@
+"""A TCP socket that a running program has becomes the connection where it is: descriptor number, epoll registrations,
+options, owner and limits are the program's own, and nothing is written into its memory or run in it.
+
+    stop      all threads of the program (kernel/tracee.py): it sees nothing of what follows
+    empty     in repair, connect(AF_UNSPEC): the socket has no connection any more, and nothing was sent. This also puts
+              it on the ready list of every epoll instance that watches it, so that whatever is restored into it is
+              noticed (net/ipv4/tcp.c tcp_disconnect, sk_error_report)
+    restore   as into a new socket; then the program runs again. A thread that was blocked in recv restarts it.
+
+Before the program runs again for another reason, the socket is ended as a peer that closes would have ended it: the
+program reads a clean end of stream. When this process is killed, the kernel lets the program run at once; a socket that
+it finds in repair then answers EPERM or EINVAL, on a connection that it accepted from nobody, until `abandon`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+from collections.abc import Iterable, Iterator
+
+from ..core import tcp
+from ..core.errors import KernelError, LinkError, Refused
+from ..journal import Journal
+from ..kernel import netns, process, repair, sockopt, syscalls, tcpinfo
+from ..kernel.process import Identity
+from ..kernel.tracee import Tracee
+from . import Reclaimed, Vessel
+
+STOP_TIMEOUT_S = 0.2
+TAKEN, ALIVE_MARK, BRACED = "taken", "alive", "braced"
+
+
+class Closed(Refused):
+    """The program has closed the socket."""
+
+
+def check_program(pid: int) -> Identity:
+    """Refused, with the reason, where this process cannot be stopped and given a connection."""
+    identity = process.identity(pid)
+    who = f"process {pid} ({process.name(pid)})"
+    if process.is_32_bit(pid):
+        raise Refused(f"{who} is a 32-bit program, whose registers this tool does not know")
+    tracer = process.tracer_of(pid)
+    if tracer:
+        raise Refused(f"{who} is traced by process {tracer} ({process.name(tracer)}) already",
+                      hint="a program has one tracer at a time: end that one")
+    try:
+        here = netns.identity(process.network_namespace(pid)) == netns.identity("/proc/thread-self/ns/net")
+    except KernelError as error:
+        raise Refused(f"{who} may not be looked at: {error.message}", hint="root is needed there") from None
+    if not here:
+        raise Refused(f"{who} is in another network namespace than criu-tcpcp serve",
+                      hint=f"--remote-command 'nsenter --net=/proc/{pid}/ns/net criu-tcpcp'")
+    return identity
+
+
+class ProgramSocket:
+    """One socket of one program, by the descriptor under which it was found, and by inode and cookie: what has another
+    is another. A copy of it (`sock`) is held only while the program stands still: else its close would not be the last
+    one, nothing would be sent, and its epoll instances would go on telling of it."""
+
+    def __init__(self, program: Identity, descriptor: int, inode: int, cookie: int) -> None:
+        self.program, self.descriptor, self.inode, self.cookie = program, descriptor, inode, cookie
+        self.was_left_stopped = False  # by the `brace` of a serve that was killed
+        self._sock: socket.socket | None = None
+        self._tracee: Tracee | None = None
+        self._journal: Journal | None = None
+
+    @classmethod
+    def of_inode(cls, pid: int, inode: int, cookie: int) -> ProgramSocket | None:
+        """None where the process has no such socket."""
+        for number, link in process.descriptors(pid).items():
+            if process.socket_inode(link) == inode:
+                return cls(process.identity(pid), number, inode, cookie)
+        return None
+
+    @classmethod
+    def of_journal(cls, journal: Journal) -> ProgramSocket | None:
+        """What an earlier serve took for this pass; None where the program or the socket has gone."""
+        taken = journal.field(TAKEN)
+        if taken is None or not process.is_alive(Identity(*taken["taker"])):
+            return None
+        found = cls.of_inode(taken["taker"][0], taken["inode"], taken["cookie"])
+        if found is not None:
+            found._journal = journal
+            found.was_left_stopped = (journal.field(BRACED) is not None
+                                      and process.run_state(found.program.pid) == "T")
+        return found
+
+    def record(self, journal: Journal) -> None:
+        """So that whoever comes later finds it again."""
+        self._journal = journal
+        journal.reserve(ALIVE_MARK)
+        journal.write(TAKEN, taker=self.program.to_json(), inode=self.inode, cookie=self.cookie)
+
+    # -- the program stands still --------------------------------------------------------------------------------------
+
+    @property
+    def sock(self) -> socket.socket:
+        if self._sock is None:
+            raise Refused("the program was not stopped")
+        return self._sock
+
+    def take(self) -> None:
+        """Stop the program and copy the socket. Refused where it cannot be stopped in time, or has closed it; then it
+        runs."""
+        tracee = Tracee(self.program.pid)
+        tracee.stop(STOP_TIMEOUT_S)
+        try:
+            self._sock = self._borrow()
+        except BaseException:
+            tracee.resume()
+            raise
+        self._tracee = tracee
+
+    def _borrow(self) -> socket.socket:
+        if not process.is_alive(self.program):
+            raise Closed(f"process {self.program.pid} has exited")
+        sock = borrow(self.program.pid, self.descriptor)
+        if tcpinfo.cookie(sock) != self.cookie:
+            sock.close()
+            raise Closed(f"process {self.program.pid} has closed descriptor {self.descriptor} since")
+        return sock
+
+    def resume(self) -> None:
+        """The program runs, and has its socket for itself."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        tracee, self._tracee = self._tracee, None
+        if tracee is not None:
+            tracee.resume()
+        if self.was_left_stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.program.pid, signal.SIGCONT)
+
+    def empty(self) -> Vessel:
+        """Whatever the socket was connected to is given up, without a packet."""
+        options = sockopt.read_all(self.sock)
+        repair.end_silently(self.sock)
+        self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return Vessel(self.sock, options, own=True)
+
+    def check(self) -> None:
+        """Refused where the program has gone since."""
+        if not process.is_alive(self.program):
+            raise Refused(f"process {self.program.pid} has exited")
+
+    def brace(self, unwritten: bool) -> None:
+        """The connection is about to come alive. What the program writes must stay behind what was written for it: with
+        bytes left to be written, it does not run even when this process is killed."""
+        if self._journal is not None:
+            self._journal.set_mark(ALIVE_MARK)
+        if unwritten and self._tracee is not None and not self.was_left_stopped:
+            if self._journal is not None:
+                self._journal.write(BRACED)
+            self._tracee.pin()
+
+    def activate(self) -> None:
+        """The program runs. LinkError where it has ended: its end of the connection goes with it."""
+        self.resume()
+        if not process.is_alive(self.program):
+            raise LinkError(f"process {self.program.pid} has exited")
+
+    def end(self) -> None:
+        """The program reads an end of stream; the peer, whoever it was, hears nothing. A program that has closed it
+        needs nothing."""
+        with contextlib.suppress(Closed):
+            try:
+                if self._sock is None:
+                    try:
+                        self.take()
+                    except (Refused, KernelError):  # it cannot be stopped: then it runs on meanwhile
+                        self._sock = self._borrow()
+                repair.end_as_eof(self.sock)
+            finally:
+                self.resume()
+
+
+def first_of(pids: Iterable[int], inode: int, cookie: int) -> ProgramSocket | None:
+    """This socket, of the first of these processes that has it."""
+    for pid in pids:
+        with contextlib.suppress(Refused):  # it has exited
+            found = ProgramSocket.of_inode(pid, inode, cookie)
+            if found is not None:
+                return found
+    return None
+
+
+def reclaim(journal: Journal, taken: ProgramSocket | None) -> Reclaimed:
+    """What became of the socket that an earlier serve took for the pass. Refused where the connection has lived with
+    the program and ended there."""
+    was_alive = journal.has_mark(ALIVE_MARK)
+    try:
+        if taken is None:
+            raise Closed("the program has closed it")
+        taken.take()
+    except Closed:
+        if was_alive:
+            raise Refused("the program that had the connection has ended it") from None
+        return Reclaimed()
+    if tcpinfo.read(taken.sock).state not in tcp.PASSABLE_STATES:  # never alive, or ended
+        taken.end()
+        if was_alive:
+            raise Refused("the program that had the connection has ended it")
+        return Reclaimed()
+    if not repair.is_in_repair(taken.sock) and not taken.was_left_stopped:
+        taken.resume()
+        return Reclaimed(delivered=was_alive)
+    return Reclaimed(taken.sock, own=True)
+
+
+@contextlib.contextmanager
+def stopped(pids: set[int]) -> Iterator[None]:
+    """These programs stand still for the block. One that cannot be stopped runs on."""
+    with contextlib.ExitStack() as stack:
+        for pid in pids:
+            with contextlib.suppress(Refused, KernelError):
+                tracee = Tracee(pid)
+                tracee.stop(STOP_TIMEOUT_S)
+                stack.callback(tracee.resume)
+        yield
+
+
+def borrow(pid: int, descriptor: int) -> socket.socket:
+    try:
+        pidfd = syscalls.pidfd_open(pid)
+    except KernelError:
+        raise Closed(f"process {pid} has exited") from None
+    try:
+        return syscalls.borrow_socket(pidfd, descriptor)
+    except KernelError as error:
+        if error.errno == errno.EPERM:
+            raise Refused(f"descriptor {descriptor} of process {pid} may not be taken", hint="root is needed there") \
+                from None
+        raise Closed(f"process {pid} has no socket at descriptor {descriptor}") from None
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,71 @@
+"""What this host sends for one connection is caught before it leaves: seen, and dropped.
+
+The table goes with its owner, whatever ends that. It stands in front of everything else of this tool, and in front of
+connection tracking (priority -200), which so never hears of what did not leave.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+
+from ..core.endpoint import Flow
+from ..core.errors import KernelError
+from . import netlink, nftables
+from .nfqueue import PacketQueue
+from .nftables import OUTPUT, Chain, Component, Table
+from .rawpacket import RST, SYN
+from .rules import TABLE
+
+_PRIORITY = -301
+
+
+class Interception:
+    """Of one connection, from when it is made."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._version = flow.ip_version
+        self._queue = PacketQueue()
+        self._wire = netlink.NetlinkSocket()
+        try:
+            self._install(flow)
+        except BaseException:
+            self.close()
+            raise
+
+    def _install(self, flow: Flow) -> None:
+        table = Table(self._wire, f"{TABLE}_caught_{os.getpid()}_{self._wire.fileno()}", self._version)
+        table.create(nftables.TABLE_OWNER)
+        failure: KernelError | None = None
+        for queue in (nftables.queue_natively(self._queue.number), nftables.queue_by_xt(self._queue.number)):
+            rule = nftables.load_flow(self._version, outgoing=True) + nftables.in_set("caught") + queue
+            try:
+                table.install(Component(self._version, ("caught",), (Chain("caught", OUTPUT, _PRIORITY, (rule,)),)))
+            except KernelError as error:
+                failure = failure or error
+                continue
+            table.add("caught", [flow])
+            return
+        if failure is not None:
+            raise failure
+
+    def answer(self, timeout_s: float) -> tuple[int, int] | None:
+        """(flags, sequence number) of the first segment with SYN or RST that this host sends; None where none comes in
+        time."""
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            packet = self._queue.next_packet(left)
+            if packet is None:
+                return None
+            start = (packet[0] & 15) * 4 if self._version == 4 else 40
+            if len(packet) < start + 20:
+                continue
+            sequence, flags = struct.unpack_from(">4xI5xB", packet, start)
+            if flags & (SYN | RST):
+                return flags, sequence
+        return None
+
+    def close(self) -> None:
+        self._wire.close()
+        self._queue.close()

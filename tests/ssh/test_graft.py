@@ -1,0 +1,192 @@
+"""Into servers that know nothing of passes: one of each kind at both hosts, and the peer cannot tell."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from attempt import exchange
+from criu_tcpcp.kernel.tracee import Tracee
+from criu_tcpcp.lab import Lab
+from waiting import PATIENCE_S, until
+from world import PORT, World, world
+
+pytestmark = pytest.mark.root
+
+SERVERS = str(Path(__file__).parents[1] / "servers.py")
+CONTAINER = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+SEEN = ["--origin-sees", "eof"]
+MODELS = ["blocking", "threads", "handing", "accepting", "select", "poll", "epoll", "epoll-et", "asyncio", "forking",
+          "prefork", "reuseport"]
+
+
+def server(model: str, address: str, *options: str, prefix: Sequence[str] = ()) -> list[str]:
+    return [*prefix, sys.executable, SERVERS, model, address, str(PORT), *options]
+
+
+@contextmanager
+def served(origin: list[str], destination: list[str], version: int = 4,
+           **options: Any) -> Iterator[tuple[World, socket.socket]]:
+    """A conversation of the peer with the origin's program."""
+    with world(version=version, programs={"origin": origin, "destination": destination}, **options) as here, \
+            here.lab.peer.enter(), \
+            socket.create_connection((str(here.lab.origin.address(version)), PORT), timeout=20) as peer:
+        here.knows_peer(peer.getsockname()[1])
+        exchange(peer, b"before")
+        yield here, peer
+
+
+def finish(here: World, peer: socket.socket) -> None:
+    """The program that has the connection hears its end; the peer could not tell, and nothing is left."""
+    here_ends = here.node.count("end")
+    peer.shutdown(socket.SHUT_WR)
+    assert peer.recv(1) == b""
+    until(lambda: here.node.count("end") > here_ends, "the program to hear the end")
+    assert here.node.count("error") == 0, here.node.events
+    here.prove()
+    assert here.release() == []
+
+
+def accepted(here: World) -> list[Any]:
+    """What accept told the program that has the connection, when it accepted last."""
+    return list(here.node.wait_for("serving", here.node.count("serving"))["accepted"])
+
+
+CASES = [*((model, 4) for model in MODELS), *((model, 6) for model in MODELS)]
+SELDOM = {(model, 6) for model in MODELS} - {("threads", 6), ("epoll-et", 6), ("asyncio", 6), ("prefork", 6)}
+
+
+@pytest.mark.parametrize(("model", "version"), [
+    pytest.param(*case, marks=pytest.mark.long if case in SELDOM else (), id=f"{case[0]}-v{case[1]}")
+    for case in CASES])
+def test_every_kind_of_server_serves_a_passed_connection(model: str, version: int) -> None:
+    """IPv4 from a plain socket into a dual-stack one, and back; IPv6 into a server in a container of its own."""
+    destination = server(model, "::", prefix=CONTAINER if version == 6 else ())
+    with served(server(model, "0.0.0.0" if version == 4 else "::"), destination, version) as (here, peer):
+        report = here.pass_once("--into", f"listen:{PORT}", *SEEN)
+        assert report["into"].endswith(f"accepted at [::]:{PORT}")
+        told, port = accepted(here)
+        assert (told.removeprefix("::ffff:"), port) == peer.getsockname()[:2]
+        exchange(peer, b"there")
+        if version == 4:
+            here.pass_once(*SEEN)
+            exchange(peer, b"and back")
+        finish(here, peer)
+
+
+@pytest.mark.parametrize("model", ["prefork", "reuseport"])
+def test_the_one_worker_that_is_named_gets_it(model: str) -> None:
+    with served(server("threads", "0.0.0.0"), server(model, "0.0.0.0")) as (here, peer):
+        workers = sorted(one["pid"] for one in here.nodes["destination"].events if one["event"] == "worker")
+        assert len(workers) == 3
+        here.pass_once("--into", f"accept:{workers[1]}", *SEEN)
+        assert [pid for pid, _fd in here.serving(here.lab.destination)] == [workers[1]]
+        exchange(peer, b"there")
+        finish(here, peer)
+
+
+@pytest.mark.parametrize("where", ["its-own-address", "loopback", "deferred", "another-user", "another-port"])
+def test_listeners_of_every_kind(where: str) -> None:
+    nobody, other_port = "65534", 9001
+    with Lab() as lab:
+        address = {"its-own-address": str(lab.destination.ipv4), "loopback": "127.0.0.1"}.get(where, "0.0.0.0")
+        options = {"deferred": ["--defer"], "another-user": ["--user", nobody]}.get(where, [])
+        destination = server("threads", address, *options)
+        port = PORT
+        if where == "another-port":
+            destination[destination.index(str(PORT))], port = str(other_port), other_port
+        here = World(lab, programs={"origin": server("threads", "0.0.0.0"), "destination": destination}, port=port)
+        with lab.peer.enter(), socket.create_connection((str(lab.origin.ipv4), PORT), timeout=20) as peer:
+            here.knows_peer(peer.getsockname()[1])
+            exchange(peer, b"before")
+            report = here.pass_once("--into", f"listen:{port}", *SEEN)
+            assert report["into"].endswith(f"accepted at {address}:{port}")
+            exchange(peer, b"there")
+            finish(here, peer)
+
+
+class Refused(NamedTuple):
+    """A destination's program, the way in, and what is said of it."""
+
+    model: str
+    options: list[str]
+    into: str
+    words: str
+
+
+REFUSALS = {
+    "nobody": Refused("select", [], "listen:7", "nobody listens on port 7 at the destination"),
+    "no-process": Refused("select", [], "accept:999999999", "there is no process 999999999"),
+    "no-listener": Refused("select", [], "accept:{sleep}", "listens on no TCP port"),
+    "speaks-first": Refused("greet", [], "accept:{pid}", "speaks first"),
+    "closes": Refused("shut", [], "accept:{pid}", "accepts a connection from this peer and closes it at once"),
+    "full": Refused("idle", ["--backlog", "0"], "accept:{pid}", "the backlog of the listener at 0.0.0.0:9000 is full"),
+    "hangs": Refused("idle", [], "accept:{pid}", "nobody accepted a connection at 0.0.0.0:9000 within 2 s"),
+    "exits": Refused("stepping-out", [], "accept:{pid}", "closes it at once"),
+    "IPv6-only": Refused("select", ["--only-ipv6"], "accept:{pid}", "takes no IPv4 connection"),
+    "unix": Refused("select", [], "accept:{pid}", "listens on only unix sockets"),
+    "traced": Refused("select", [], "accept:{pid}", "already"),
+    "elsewhere": Refused("select", [], "accept:{pid}", "is in another network namespace"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_done_is_refused_and_nothing_is_touched(case: str, tmp_path: Path) -> None:
+    wanted = REFUSALS[case]
+    address = {"IPv6-only": "::", "unix": str(tmp_path / "socket")}.get(case, "0.0.0.0")
+    prefix = ["unshare", "--net"] if case == "elsewhere" else []
+    with Lab() as lab, contextlib.ExitStack() as stack:
+        programs = {"origin": server("threads", "0.0.0.0"),
+                    "destination": server(wanted.model, address, *wanted.options, prefix=prefix)}
+        here = World(lab, programs=programs, waiting=False)
+        here.node.wait_for("listening")
+        pid = here.nodes["destination"].wait_for("listening")["pid"]
+        if case == "full":
+            with lab.destination.enter():
+                stack.enter_context(socket.create_connection((str(lab.destination.ipv4), PORT), timeout=5))
+        if case == "traced":
+            stack.enter_context(traced(pid))
+        with lab.peer.enter(), socket.create_connection((str(lab.origin.ipv4), PORT), timeout=20) as peer:
+            here.knows_peer(peer.getsockname()[1])
+            exchange(peer, b"before")
+            sleep = lab.destination.spawn(["sleep", "1000"]).pid if case == "no-listener" else 0
+            into = wanted.into.format(pid=pid, sleep=sleep)
+            done = lab.origin.run(here.pass_argv("--into", into), check=False)
+            report = json.loads(done.stdout)
+            assert (report["owner"], report["exit"], done.returncode) == ("origin", 3, 3), report
+            assert wanted.words in report["error"], report
+            exchange(peer, b"after")
+            peer.shutdown(socket.SHUT_WR)
+            assert peer.recv(1) == b""
+        here.prove(passes=0)
+        assert here.release() == []
+
+
+@contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """By a thread of this process."""
+    began, over = threading.Event(), threading.Event()
+
+    def trace() -> None:
+        tracee = Tracee(pid)
+        tracee.stop(2)
+        began.set()
+        over.wait()
+        tracee.resume()
+    thread = threading.Thread(target=trace)
+    thread.start()
+    assert began.wait(PATIENCE_S)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
