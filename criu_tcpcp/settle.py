@@ -339,7 +339,11 @@ def stands_here(flow: Flow) -> bool:
 
 
 def _remove(journal: Journal) -> None:
-    """The record; and with the last one that tells of the connection its rules, unless it is alive here."""
+    """The record; and with the last one that tells of the connection its rules, unless it is alive here. A serve that
+    was killed before its decision may have left a connection to a program, which is none."""
+    if journal.side == journals.DESTINATION and journal.verdict() != "committed":
+        _undo_staged(journal)
+        return
     first = journal.field("intent") or journal.field("staged")
     if first is not None and not _others_of(first["flow"], journal):
         flow = Flow.from_json(first["flow"])

@@ -80,15 +80,15 @@ def check_name(into: str) -> None:
     kind, colon, rest = into.partition(":")
     numbers = [part.isascii() and part.isdigit() and len(part) < 10 for part in rest.split(":")]
     known = {"auto": not colon, "receiver": bool(rest) == bool(colon), "accept": numbers == [True],
-             "listen": numbers == [True] and 0 < int(rest) < 65536}
+             "listen": numbers == [True] and 0 < int(rest) < 65536, "pid": numbers == [True, True]}
     if not known.get(kind, False):
         raise UsageError(f"--into {into[:80]}: not a way in that this version knows",
-                         hint="auto, receiver[:PATH], accept:PID or listen:PORT")
+                         hint="auto, receiver[:PATH], accept:PID, listen:PORT or pid:PID:FD")
 
 
 def find(into: str, flow: Flow) -> Graft:
     """The way that `--into` names. Refused says what is missing and what could be done; nothing is touched."""
-    from . import to_accept, to_receiver
+    from . import to_accept, to_descriptor, to_receiver
     check_name(into)
     kind, _, rest = into.partition(":")
     if kind == "receiver":
@@ -97,6 +97,9 @@ def find(into: str, flow: Flow) -> Graft:
         return to_accept.of_process(int(rest), flow)
     if kind == "listen":
         return to_accept.at_port(int(rest), flow)
+    if kind == "pid":
+        pid, _, descriptor = rest.partition(":")
+        return to_descriptor.at(int(pid), int(descriptor), flow)
     port = flow.local.port
     found = to_receiver.try_port(port)
     if found is not None:
@@ -110,9 +113,9 @@ def find(into: str, flow: Flow) -> Graft:
 
 def find_again(way: str, flow: Flow, journal: Journal) -> Graft:
     """The way that an earlier serve went for this pass. Refused where it is not there any more."""
-    from . import in_place, to_accept
-    if journal.field(in_place.TAKEN) is not None and in_place.ProgramSocket.of_journal(journal) is not None:
-        return to_accept.again(way)
+    from . import in_place
+    if in_place.ProgramSocket.of_journal(journal) is not None:
+        return in_place.IntoProgram(way)
     return find(way, flow)
 
 
@@ -122,7 +125,8 @@ def abandon(journal: Journal, rules: HostRules) -> None:
     from . import in_place, throwaway
     taken = in_place.ProgramSocket.of_journal(journal) or _thrown_at_program(throwaway.thrown_flow(journal))
     if taken is not None:
-        taken.end()
+        staged = journal.field("staged")
+        taken.end(unless_untouched=staged is not None and str(staged["way"]).startswith("pid:"))
     throwaway.clear(journal, rules)
 
 

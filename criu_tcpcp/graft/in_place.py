@@ -22,12 +22,14 @@ import socket
 from collections.abc import Iterable, Iterator
 
 from ..core import tcp
+from ..core.endpoint import Flow
 from ..core.errors import KernelError, LinkError, Refused
+from ..core.tcp import TcpState
 from ..journal import Journal
 from ..kernel import netns, process, repair, sockopt, syscalls, tcpinfo
 from ..kernel.process import Identity
 from ..kernel.tracee import Tracee
-from . import Reclaimed, Vessel
+from . import Ground, Reclaimed, Vessel
 
 STOP_TIMEOUT_S = 0.2
 TAKEN, ALIVE_MARK, BRACED = "taken", "alive", "braced"
@@ -40,7 +42,7 @@ class Closed(Refused):
 def check_program(pid: int) -> Identity:
     """Refused, with the reason, where this process cannot be stopped and given a connection."""
     identity = process.identity(pid)
-    who = f"process {pid} ({process.name(pid)})"
+    who = named(pid)
     if process.is_32_bit(pid):
         raise Refused(f"{who} is a 32-bit program, whose registers this tool does not know")
     tracer = process.tracer_of(pid)
@@ -65,6 +67,7 @@ class ProgramSocket:
     def __init__(self, program: Identity, descriptor: int, inode: int, cookie: int) -> None:
         self.program, self.descriptor, self.inode, self.cookie = program, descriptor, inode, cookie
         self.was_left_stopped = False  # by the `brace` of a serve that was killed
+        self.is_emptied = False
         self._sock: socket.socket | None = None
         self._tracee: Tracee | None = None
         self._journal: Journal | None = None
@@ -140,14 +143,10 @@ class ProgramSocket:
     def empty(self) -> Vessel:
         """Whatever the socket was connected to is given up, without a packet."""
         options = sockopt.read_all(self.sock)
+        self.is_emptied = True
         repair.end_silently(self.sock)
         self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return Vessel(self.sock, options, own=True)
-
-    def check(self) -> None:
-        """Refused where the program has gone since."""
-        if not process.is_alive(self.program):
-            raise Refused(f"process {self.program.pid} has exited")
 
     def brace(self, unwritten: bool) -> None:
         """The connection is about to come alive. What the program writes must stay behind what was written for it: with
@@ -165,9 +164,9 @@ class ProgramSocket:
         if not process.is_alive(self.program):
             raise LinkError(f"process {self.program.pid} has exited")
 
-    def end(self) -> None:
+    def end(self, *, unless_untouched: bool = False) -> None:
         """The program reads an end of stream; the peer, whoever it was, hears nothing. A program that has closed it
-        needs nothing."""
+        needs nothing. `unless_untouched`: what is as the program made it stays so."""
         with contextlib.suppress(Closed):
             try:
                 if self._sock is None:
@@ -175,7 +174,9 @@ class ProgramSocket:
                         self.take()
                     except (Refused, KernelError):  # it cannot be stopped: then it runs on meanwhile
                         self._sock = self._borrow()
-                repair.end_as_eof(self.sock)
+                if not unless_untouched or repair.is_in_repair(self.sock) \
+                        or tcpinfo.read(self.sock).state is TcpState.CLOSE:
+                    repair.end_as_eof(self.sock)
             finally:
                 self.resume()
 
@@ -190,27 +191,97 @@ def first_of(pids: Iterable[int], inode: int, cookie: int) -> ProgramSocket | No
     return None
 
 
-def reclaim(journal: Journal, taken: ProgramSocket | None) -> Reclaimed:
-    """What became of the socket that an earlier serve took for the pass. Refused where the connection has lived with
-    the program and ended there."""
-    was_alive = journal.has_mark(ALIVE_MARK)
-    try:
-        if taken is None:
-            raise Closed("the program has closed it")
+class IntoProgram:
+    """A way in that restores into a socket of the program's own: what all of these have in common, and by itself the
+    way to what an earlier serve took (`reclaim`). What differs is how the socket is come by (`arrange`)."""
+
+    stops = True
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+        self.taker = Identity(0, 0)
+        self._taken: ProgramSocket | None = None
+
+    @property
+    def description(self) -> str:
+        if self._taken is None:
+            return self.way
+        return f"{named(self.taker.pid)}, descriptor {self._taken.descriptor}"
+
+    def _take(self, taken: ProgramSocket, journal: Journal) -> None:
+        taken.record(journal)
+        self._taken, self.taker = taken, taken.program
+
+    def _need(self) -> ProgramSocket:
+        if self._taken is None:
+            raise Refused("the pass was not staged")
+        return self._taken
+
+    def arrange(self, flow: Flow, ground: Ground) -> None:
+        """The socket is known, and its program goes on."""
+        raise Refused("the program that had the connection is not there any more")
+
+    def vessel(self, flow: Flow) -> Vessel:
+        """From here on the program stands still."""
+        taken = self._need()
         taken.take()
-    except Closed:
-        if was_alive:
-            raise Refused("the program that had the connection has ended it") from None
-        return Reclaimed()
-    if tcpinfo.read(taken.sock).state not in tcp.PASSABLE_STATES:  # never alive, or ended
-        taken.end()
-        if was_alive:
-            raise Refused("the program that had the connection has ended it")
-        return Reclaimed()
-    if not repair.is_in_repair(taken.sock) and not taken.was_left_stopped:
-        taken.resume()
-        return Reclaimed(delivered=was_alive)
-    return Reclaimed(taken.sock, own=True)
+        return taken.empty()
+
+    def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None:
+        """It is the program's already. Refused where there is more than it can be given."""
+        if app_state:
+            raise Refused("a program that knows nothing of passes cannot be given the application's state",
+                          hint="--into receiver[:PATH]")
+
+    def check(self) -> None:
+        """Refused where the program has gone since."""
+        if not process.is_alive(self._need().program):
+            raise Refused(f"{named(self.taker.pid)} has exited")
+
+    def brace(self, unwritten: bool) -> None:
+        self._need().brace(unwritten)
+
+    def activate(self, pass_id: str) -> None:
+        self._need().activate()
+
+    def discard(self, pass_id: str) -> None:
+        """The program reads an end of stream."""
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            taken.end()
+
+    def reclaim(self, journal: Journal) -> Reclaimed:
+        """What became of the socket that an earlier serve took for the pass. Refused where the connection has lived
+        with the program and ended there."""
+        was_alive = journal.has_mark(ALIVE_MARK)
+        taken = self._taken = ProgramSocket.of_journal(journal)
+        ended = Refused("the program that had the connection has ended it")
+        try:
+            if taken is None:
+                raise Closed("the program has closed it")
+            taken.take()
+        except Closed:
+            if was_alive:
+                raise ended from None
+            return Reclaimed()
+        self.taker = taken.program
+        if tcpinfo.read(taken.sock).state not in tcp.PASSABLE_STATES:  # never alive, or ended
+            taken.end()
+            if was_alive:
+                raise ended
+            return Reclaimed()
+        if not repair.is_in_repair(taken.sock) and not taken.was_left_stopped:
+            taken.resume()
+            return Reclaimed(delivered=was_alive)
+        return Reclaimed(taken.sock, own=True)
+
+    def close(self) -> None:
+        if self._taken is not None:
+            self._taken.resume()
+
+
+def named(pid: int) -> str:
+    return f"process {pid} ({process.name(pid)})"
 
 
 @contextlib.contextmanager

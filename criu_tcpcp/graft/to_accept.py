@@ -21,12 +21,10 @@ import time
 from ..core.endpoint import Endpoint, Flow
 from ..core.errors import Refused
 from ..core.tcp import TcpState
-from ..journal import Journal
 from ..kernel import process, routing, sockdiag
-from ..kernel.process import Identity
 from ..kernel.sockdiag import Listener
-from . import Ground, Reclaimed, Vessel, in_place
-from .in_place import ProgramSocket
+from . import Ground, Vessel, in_place
+from .in_place import IntoProgram, ProgramSocket, named
 from .throwaway import Forged, Ordinary, ThrowAway, source_towards, undeferred
 
 _ACCEPT_TIMEOUT_S = 2.0
@@ -39,26 +37,21 @@ _SHOWN = 6
 _INIT = 1  # holds the sockets of services that it starts, and accepts for none of these
 
 
-class ToAccept:
+class ToAccept(IntoProgram):
     """Into whoever accepts at `listener`, of `holders`; where `wanted` is given, into that process or a child of it.
     `sharing`: who accepts from the very socket that `wanted` does."""
 
-    stops = True
-
-    def __init__(self, way: str, listener: Listener | None = None, holders: frozenset[int] = frozenset(),
-                 sharing: frozenset[int] = frozenset(), wanted: int | None = None) -> None:
-        self.way = way
-        self.taker = Identity(0, 0)
+    def __init__(self, way: str, listener: Listener, holders: frozenset[int], sharing: frozenset[int] = frozenset(),
+                 wanted: int | None = None) -> None:
+        super().__init__(way)
         self._listener, self._holders, self._sharing, self._wanted = listener, holders, sharing, wanted
-        self._taken: ProgramSocket | None = None
         self._thrown: ThrowAway | None = None
-        self._emptied = False
 
     @property
     def description(self) -> str:
         if self._taken is None:
             return f"whoever accepts at {self._listener}"
-        return f"{_name(self.taker.pid)}, descriptor {self._taken.descriptor}, accepted at {self._listener}"
+        return f"{super().description}, accepted at {self._listener}"
 
     # -- staging -------------------------------------------------------------------------------------------------------
 
@@ -66,16 +59,13 @@ class ToAccept:
         """A program has accepted, and waits. Refused: none did, or it has done with it what cannot be undone; then
         nothing of it is left."""
         listener = self._listener
-        if listener is None:
-            raise Refused("the pass was not staged")
         port, losers = flow.peer.port, dict[int, None]()
         try:
             for _ in range(_TRIES):
                 self._taken = taken = self._accepted(listener, flow, port, ground)
                 if self._wanted is None or self._wanted in (taken.program.pid, process.parent(taken.program.pid)):
                     self._watch()
-                    self._taken.record(ground.journal)
-                    self.taker = self._taken.program
+                    self._take(self._taken, ground.journal)
                     return
                 losers[taken.program.pid] = None
                 self._end()
@@ -145,13 +135,13 @@ class ToAccept:
             quiet = quiet + 1 if process.waits(taken.program.pid) else 0
         holding = process.holders({taken.inode})[taken.inode]
         if len(holding) > 1:
-            raise Refused(f"{_name(taken.program.pid)} shares the connections that it accepts with process "
+            raise Refused(f"{named(taken.program.pid)} shares the connections that it accepts with process "
                           + ", ".join(str(pid) for pid in sorted(holding - {taken.program.pid})[:_SHOWN]),
                           hint="every process that could use it would have to stand still")
         if holding != {taken.program.pid}:  # a child has it by now
             self._taken = in_place.first_of(holding, taken.inode, taken.cookie)
             if self._taken is None:
-                raise self._closed(_name(taken.program.pid))
+                raise self._closed(named(taken.program.pid))
             in_place.check_program(self._taken.program.pid)
 
     def _refuse_if_used(self) -> None:
@@ -159,21 +149,16 @@ class ToAccept:
         entry = sockdiag.entry_of(thrown.flow) if thrown is not None else None
         heard = thrown.heard() if thrown is not None else None
         if heard == "speaks" or (entry is not None and entry.unacknowledged and entry.inode):
-            raise Refused(f"{_name(taken.program.pid)} speaks first, and a peer that has its connection already would "
+            raise Refused(f"{named(taken.program.pid)} speaks first, and a peer that has its connection already would "
                           "read that in the middle of it",
                           hint="--into pid:PID:FD, or a program there that makes a criu_tcpcp.Receiver")
         if heard == "closes" or entry is None or entry.inode != taken.inode or entry.state is not TcpState.ESTABLISHED:
-            raise self._closed(_name(taken.program.pid))
+            raise self._closed(named(taken.program.pid))
 
     @staticmethod
     def _closed(who: str) -> Refused:
         return Refused(f"{who} accepts a connection from this peer and closes it at once",
                        hint="it may filter by address, or be full: its log tells; or --into pid:PID:FD")
-
-    def _need(self) -> ProgramSocket:
-        if self._taken is None:
-            raise Refused("the pass was not staged")
-        return self._taken
 
     # -- the freeze ----------------------------------------------------------------------------------------------------
 
@@ -183,25 +168,9 @@ class ToAccept:
         try:
             taken.take()
         except in_place.Closed:
-            raise self._closed(_name(taken.program.pid)) from None
+            raise self._closed(named(taken.program.pid)) from None
         self._refuse_if_used()
-        self._emptied = True
         return taken.empty()
-
-    def graft(self, pass_id: str, sock: object, flow: Flow, app_state: bytes) -> None:
-        """It is the program's already. Refused where there is more than it can be given."""
-        if app_state:
-            raise Refused("a program that knows nothing of passes cannot be given the application's state",
-                          hint="--into receiver[:PATH]")
-
-    def check(self) -> None:
-        self._need().check()
-
-    def brace(self, unwritten: bool) -> None:
-        self._need().brace(unwritten)
-
-    def activate(self, pass_id: str) -> None:
-        self._need().activate()
 
     def discard(self, pass_id: str) -> None:
         self._end()
@@ -211,19 +180,14 @@ class ToAccept:
         thrown, self._thrown = self._thrown, None
         with contextlib.ExitStack() as stack:
             if thrown is not None:
-                stack.callback(thrown.end if not self._emptied else thrown.forget)
+                stack.callback(thrown.forget if taken is not None and taken.is_emptied else thrown.end)
             if taken is not None:
                 taken.end()
-
-    def reclaim(self, journal: Journal) -> Reclaimed:
-        self._taken = ProgramSocket.of_journal(journal)
-        return in_place.reclaim(journal, self._taken)
 
     def close(self) -> None:
         if self._thrown is not None:
             self._thrown.forget()
-        if self._taken is not None:
-            self._taken.resume()
+        super().close()
 
 
 def at_port(port: int, flow: Flow) -> ToAccept:
@@ -248,21 +212,16 @@ def of_process(pid: int, flow: Flow) -> ToAccept:
     own = [one for one in all_listeners if one.inode in inodes]
     if not own:
         why = "only unix sockets" if process.listens_on_unix(pid) else "no TCP port"
-        raise Refused(f"{_name(pid)} listens on {why}", hint="--into pid:PID:FD, or a program that accepts TCP")
+        raise Refused(f"{named(pid)} listens on {why}", hint="--into pid:PID:FD, or a program that accepts TCP")
     ports = sorted({one.port for one in own})
     same = [one for one in own if one.port == flow.local.port]
     if not same and len(ports) > 1:
-        raise Refused(f"{_name(pid)} listens on ports {', '.join(map(str, ports[:_SHOWN]))}, and not on "
+        raise Refused(f"{named(pid)} listens on ports {', '.join(map(str, ports[:_SHOWN]))}, and not on "
                       f"{flow.local.port}, the connection's", hint="--into listen:PORT")
-    listener = _choose(same or own, flow, _name(pid))
+    listener = _choose(same or own, flow, named(pid))
     holders = _holders(all_listeners, listener)
     sharing = process.holders({listener.inode})[listener.inode]
     return ToAccept(f"accept:{pid}", listener, holders, frozenset(sharing), pid)
-
-
-def again(way: str) -> ToAccept:
-    """For what an earlier serve took, and its journal tells."""
-    return ToAccept(way)
 
 
 def listens(port: int) -> bool:
@@ -272,7 +231,7 @@ def listens(port: int) -> bool:
 def _check(pid: int) -> None:
     in_place.check_program(pid)
     if process.accepts_by_io_uring(pid):
-        raise Refused(f"{_name(pid)} accepts by io_uring, where its wait for the connection cannot be stopped",
+        raise Refused(f"{named(pid)} accepts by io_uring, where its wait for the connection cannot be stopped",
                       hint="--into receiver[:PATH], or a server without io_uring")
 
 
@@ -293,6 +252,3 @@ def _holders(listeners: list[Listener], chosen: Listener) -> frozenset[int]:
     found = set().union(*process.holders(group).values())
     return frozenset(found - {_INIT} or found)
 
-
-def _name(pid: int) -> str:
-    return f"process {pid} ({process.name(pid)})"

@@ -5,60 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from attempt import exchange
 from criu_tcpcp.kernel.tracee import Tracee
 from criu_tcpcp.lab import Lab
-from waiting import PATIENCE_S, until
-from world import PORT, World, world
+from grafting import SEEN, accepted, finish, served, server
+from waiting import PATIENCE_S
+from world import PORT, World
 
 pytestmark = pytest.mark.root
 
-SERVERS = str(Path(__file__).parents[1] / "servers.py")
 CONTAINER = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
-SEEN = ["--origin-sees", "eof"]
 MODELS = ["blocking", "threads", "handing", "accepting", "select", "poll", "epoll", "epoll-et", "asyncio", "forking",
           "prefork", "reuseport"]
-
-
-def server(model: str, address: str, *options: str, prefix: Sequence[str] = ()) -> list[str]:
-    return [*prefix, sys.executable, SERVERS, model, address, str(PORT), *options]
-
-
-@contextmanager
-def served(origin: list[str], destination: list[str], version: int = 4,
-           **options: Any) -> Iterator[tuple[World, socket.socket]]:
-    """A conversation of the peer with the origin's program."""
-    with world(version=version, programs={"origin": origin, "destination": destination}, **options) as here, \
-            here.lab.peer.enter(), \
-            socket.create_connection((str(here.lab.origin.address(version)), PORT), timeout=20) as peer:
-        here.knows_peer(peer.getsockname()[1])
-        exchange(peer, b"before")
-        yield here, peer
-
-
-def finish(here: World, peer: socket.socket) -> None:
-    """The program that has the connection hears its end; the peer could not tell, and nothing is left."""
-    here_ends = here.node.count("end")
-    peer.shutdown(socket.SHUT_WR)
-    assert peer.recv(1) == b""
-    until(lambda: here.node.count("end") > here_ends, "the program to hear the end")
-    assert here.node.count("error") == 0, here.node.events
-    here.prove()
-    assert here.release() == []
-
-
-def accepted(here: World) -> list[Any]:
-    """What accept told the program that has the connection, when it accepted last."""
-    return list(here.node.wait_for("serving", here.node.count("serving"))["accepted"])
 
 
 CASES = [*((model, 4) for model in MODELS), *((model, 6) for model in MODELS)]
@@ -114,6 +80,26 @@ def test_listeners_of_every_kind(where: str) -> None:
             finish(here, peer)
 
 
+@pytest.mark.parametrize("model", ["threads", "epoll-et"])
+def test_a_descriptor_that_the_program_has_becomes_the_connection(model: str) -> None:
+    """One of a client that has gone without a word, and so will never be missed."""
+    with served(server("threads", "0.0.0.0"), server(model, "::")) as (here, peer):
+        destination = here.lab.destination
+        with destination.enter(), socket.create_connection((str(destination.ipv4), PORT), timeout=20) as client:
+            there = here.nodes["destination"].wait_for("serving")
+            report = here.pass_once("--into", f"pid:{there['pid']}:{there['fd']}", *SEEN)
+            assert report["into"].endswith(f"descriptor {there['fd']}")
+            exchange(peer, b"there")
+            assert here.serving(destination) == [(there["pid"], there["fd"])]
+            set_linger(client)
+        finish(here, peer)
+
+
+def set_linger(sock: socket.socket) -> None:
+    """Its close is a reset: nobody is there to end it with."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
 class Refused(NamedTuple):
     """A destination's program, the way in, and what is said of it."""
 
@@ -135,6 +121,9 @@ REFUSALS = {
     "IPv6-only": Refused("select", ["--only-ipv6"], "accept:{pid}", "takes no IPv4 connection"),
     "unix": Refused("select", [], "accept:{pid}", "listens on only unix sockets"),
     "traced": Refused("select", [], "accept:{pid}", "already"),
+    "no-descriptor": Refused("select", [], "pid:{pid}:999", "has no descriptor 999"),
+    "no-socket": Refused("select", [], "pid:{pid}:1", "is not a socket but pipe:"),
+    "listener": Refused("select", [], "pid:{pid}:3", "listens"),
     "elsewhere": Refused("select", [], "accept:{pid}", "is in another network namespace"),
 }
 

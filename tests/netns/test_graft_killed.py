@@ -1,0 +1,42 @@
+"""Whenever the destination's serve is killed in the middle of a graft, the program survives, and hears an end or, at
+worst, an error on a connection that it accepted from nobody."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from criu_tcpcp.lab import Lab, leftovers
+from waiting import until
+from world import PORT, Program
+
+pytestmark = pytest.mark.root
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("model", "times"), [
+    ("threads", 24), pytest.param("threads", 300, marks=pytest.mark.long),
+    pytest.param("epoll-et", 100, marks=pytest.mark.long), pytest.param("prefork", 100, marks=pytest.mark.long)])
+def test_a_graft_can_be_killed_at_every_point(lab: Lab, model: str, times: int) -> None:
+    host = lab.destination
+    server = Program(host, [sys.executable, str(TESTS / "servers.py"), model, "0.0.0.0", str(PORT)])
+    pid = server.wait_for("listening")["pid"]
+    if model == "prefork":
+        pid = server.wait_for("worker", 2)["pid"]
+    before = leftovers(host)
+    done = host.run([sys.executable, str(TESTS / "killed_graft.py"), f"accept:{pid}", str(pid), str(PORT), str(times)],
+                    check=False, timeout=800)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["points"] > 100
+    assert told["killed"] >= times
+    until(lambda: server.count("end") + server.count("error") == server.count("serving"), "each connection to end")
+    assert {one["error"] for one in server.events if one["event"] == "error"} <= {
+        "[Errno 1] Operation not permitted", "[Errno 103] Software caused connection abort",
+        "[Errno 107] Transport endpoint is not connected", "[Errno 22] Invalid argument"}
+    assert [line for line in leftovers(host) if line not in before and not line.startswith("file d")] == []
