@@ -209,6 +209,11 @@ class IntoProgram:
         return f"{named(self.taker.pid)}, descriptor {self._taken.descriptor}"
 
     def _take(self, taken: ProgramSocket, journal: Journal) -> None:
+        """Once its program was seen to stop, and goes on: what has to be done in the freeze is quicker when it was done
+        before, and what cannot be done is refused before anybody waits for it."""
+        taken.take()
+        sockopt.read_all(taken.sock)
+        taken.resume()
         taken.record(journal)
         self._taken, self.taker = taken, taken.program
 

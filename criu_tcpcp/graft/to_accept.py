@@ -21,7 +21,7 @@ import time
 from ..core.endpoint import Endpoint, Flow
 from ..core.errors import Refused
 from ..core.tcp import TcpState
-from ..kernel import process, routing, sockdiag
+from ..kernel import process, routing, sockdiag, tcpinfo
 from ..kernel.sockdiag import Listener
 from . import Ground, Vessel, in_place
 from .in_place import IntoProgram, ProgramSocket, named
@@ -149,11 +149,14 @@ class ToAccept(IntoProgram):
         entry = sockdiag.entry_of(thrown.flow) if thrown is not None else None
         heard = thrown.heard() if thrown is not None else None
         if heard == "speaks" or (entry is not None and entry.unacknowledged and entry.inode):
-            raise Refused(f"{named(taken.program.pid)} speaks first, and a peer that has its connection already would "
-                          "read that in the middle of it",
-                          hint="--into pid:PID:FD, or a program there that makes a criu_tcpcp.Receiver")
+            raise self._speaks(named(taken.program.pid))
         if heard == "closes" or entry is None or entry.inode != taken.inode or entry.state is not TcpState.ESTABLISHED:
             raise self._closed(named(taken.program.pid))
+
+    @staticmethod
+    def _speaks(who: str) -> Refused:
+        return Refused(f"{who} speaks first, and a peer that has its connection already would read that in the middle "
+                       "of it", hint="--into pid:PID:FD, or a program there that makes a criu_tcpcp.Receiver")
 
     @staticmethod
     def _closed(who: str) -> Refused:
@@ -169,7 +172,11 @@ class ToAccept(IntoProgram):
             taken.take()
         except in_place.Closed:
             raise self._closed(named(taken.program.pid)) from None
-        self._refuse_if_used()
+        heard = self._thrown.heard() if self._thrown is not None else None
+        if heard == "speaks" or tcpinfo.unacknowledged_bytes(taken.sock):
+            raise self._speaks(named(taken.program.pid))
+        if heard == "closes" or tcpinfo.read(taken.sock).state is not TcpState.ESTABLISHED:
+            raise self._closed(named(taken.program.pid))
         return taken.empty()
 
     def discard(self, pass_id: str) -> None:
