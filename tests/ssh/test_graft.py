@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ class Refused(NamedTuple):
 REFUSALS = {
     "nobody": Refused("select", [], "listen:7", "nobody listens on port 7 at the destination"),
     "no-process": Refused("select", [], "accept:999999999", "there is no process 999999999"),
-    "no-listener": Refused("select", [], "accept:{sleep}", "listens on no TCP port"),
+    "no-listener": Refused("select", [], "accept:{other}", "listens on no TCP port"),
     "speaks-first": Refused("greet", [], "accept:{pid}", "speaks first"),
     "closes": Refused("shut", [], "accept:{pid}", "accepts a connection from this peer and closes it at once"),
     "full": Refused("idle", ["--backlog", "0"], "accept:{pid}", "the backlog of the listener at 0.0.0.0:9000 is full"),
@@ -120,6 +121,8 @@ REFUSALS = {
     "exits": Refused("stepping-out", [], "accept:{pid}", "closes it at once"),
     "IPv6-only": Refused("select", ["--only-ipv6"], "accept:{pid}", "takes no IPv4 connection"),
     "unix": Refused("select", [], "accept:{pid}", "listens on only unix sockets"),
+    "io_uring": Refused("select", [], "accept:{pid}", "accepts by io_uring"),
+    "32-bit": Refused("select", [], "accept:{other}", "is a 32-bit program"),
     "traced": Refused("select", [], "accept:{pid}", "already"),
     "no-descriptor": Refused("select", [], "pid:{pid}:999", "has no descriptor 999"),
     "no-socket": Refused("select", [], "pid:{pid}:1", "is not a socket but pipe:"),
@@ -128,14 +131,29 @@ REFUSALS = {
 }
 
 
+URING_SERVER = Path(__file__).parents[1] / "uring_server.c"
+PAUSES = "void _start(void) { for (;;) __asm__ volatile (\"int $0x80\" : : \"a\" (29)); }"  # pause of i386
+
+
+def compiled(directory: Path, source: Path | str, *options: str) -> str:
+    program = directory / "program"
+    file = source if isinstance(source, Path) else directory / "program.c"
+    if isinstance(source, str):
+        file.write_text(source)
+    subprocess.run(["gcc", *options, "-o", program, file], check=True)
+    return str(program)
+
+
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_cannot_be_done_is_refused_and_nothing_is_touched(case: str, tmp_path: Path) -> None:
     wanted = REFUSALS[case]
     address = {"IPv6-only": "::", "unix": str(tmp_path / "socket")}.get(case, "0.0.0.0")
     prefix = ["unshare", "--net"] if case == "elsewhere" else []
     with Lab() as lab, contextlib.ExitStack() as stack:
-        programs = {"origin": server("threads", "0.0.0.0"),
-                    "destination": server(wanted.model, address, *wanted.options, prefix=prefix)}
+        destination = server(wanted.model, address, *wanted.options, prefix=prefix)
+        if case == "io_uring":
+            destination = [compiled(tmp_path, URING_SERVER), str(PORT)]
+        programs = {"origin": server("threads", "0.0.0.0"), "destination": destination}
         here = World(lab, programs=programs, waiting=False)
         here.node.wait_for("listening")
         pid = here.nodes["destination"].wait_for("listening")["pid"]
@@ -147,8 +165,10 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_touched(case: str, tmp_pa
         with lab.peer.enter(), socket.create_connection((str(lab.origin.ipv4), PORT), timeout=20) as peer:
             here.knows_peer(peer.getsockname()[1])
             exchange(peer, b"before")
-            sleep = lab.destination.spawn(["sleep", "1000"]).pid if case == "no-listener" else 0
-            into = wanted.into.format(pid=pid, sleep=sleep)
+            argv = ["sleep", "1000"]
+            if case == "32-bit":
+                argv = [compiled(tmp_path, PAUSES, "-m32", "-nostdlib", "-static")]
+            into = wanted.into.format(pid=pid, other=lab.destination.spawn(argv).pid)
             done = lab.origin.run(here.pass_argv("--into", into), check=False)
             report = json.loads(done.stdout)
             assert (report["owner"], report["exit"], done.returncode) == ("origin", 3, 3), report
