@@ -18,8 +18,8 @@ from attempt import exchange
 from criu_tcpcp.kernel.tracee import Tracee
 from criu_tcpcp.lab import Lab
 from grafting import SEEN, accepted, finish, served, server
-from waiting import PATIENCE_S
-from world import PORT, World
+from waiting import PATIENCE_S, until
+from world import PORT, World, world
 
 pytestmark = pytest.mark.root
 
@@ -48,6 +48,31 @@ def test_every_kind_of_server_serves_a_passed_connection(model: str, version: in
             here.pass_once(*SEEN)
             exchange(peer, b"and back")
         finish(here, peer)
+
+
+@pytest.mark.parametrize("model", ["threads", "epoll-et"])
+def test_what_is_still_to_be_sent_goes_before_what_the_new_server_says(model: str) -> None:
+    """The peer does not read: most of what the origin's program wrote waits in the kernel, unsent."""
+    message = bytes(range(256)) * 300
+    with world(programs={name: server("threads", "0.0.0.0") if name == "origin" else server(model, "0.0.0.0")
+                         for name in ("origin", "destination")}) as here, here.lab.peer.enter(), \
+            socket.socket() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.settimeout(20)
+        peer.connect((str(here.lab.origin.ipv4), PORT))
+        here.knows_peer(peer.getsockname()[1])
+        peer.sendall(message)
+        until(lambda: here.queued()[1] > len(message) * 3 // 4, "the answer to wait", every_s=0.05)
+        here.pass_once(*SEEN)
+        got = b""
+        while len(got) < len(message):
+            got += peer.recv(65536)
+        assert got == message
+        exchange(peer, b"there")
+        peer.shutdown(socket.SHUT_WR)
+        assert peer.recv(1) == b""
+        here.prove(loss_free=False)
+        assert here.release() == []
 
 
 @pytest.mark.parametrize("model", ["prefork", "reuseport"])
