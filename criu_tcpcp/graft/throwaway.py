@@ -26,7 +26,7 @@ from ..journal import Journal
 from ..kernel import repair, sockdiag
 from ..kernel.interception import Interception
 from ..kernel.rawpacket import ACK, RST, SYN, Injector
-from ..kernel.rules import MARK, HostRules
+from ..kernel.rules import MARK, HostRules, marks_are_inherited
 from ..kernel.sockdiag import Listener
 from ..kernel.syscalls import failing
 
@@ -61,6 +61,9 @@ class Forged:
 
     def open(self) -> None:
         """It waits to be accepted. Refused where nothing answers, or the answer is no."""
+        if marks_are_inherited():
+            raise Refused("what a server accepts here takes over the mark by which packets pass this tool's own rules",
+                          hint="sysctl net.ipv4.tcp_fwmark_accept=0 at the destination")
         if self._fences:
             self._rules.fence(self.flow)
         with contextlib.closing(Interception(self.flow)) as caught:

@@ -35,6 +35,7 @@ from ..core.endpoint import Endpoint, Flow, IPAddress
 from ..core.errors import KernelError
 from . import netlink, nftables
 from .nftables import OUTPUT, PREROUTING, Chain, Component, Table
+from .syscalls import failing
 
 TABLE = "criu_tcpcp"
 MARK = 0x7CB0C001
@@ -44,6 +45,13 @@ CLOSING_S = 600
 _SWEEPS = 20  # by other commands, at the very moments at which something is added
 _FENCED, _DIVERTED, _MOVED = "fenced", "diverted", "moved_"
 _ANYWHERE: dict[int, IPAddress] = {4: ipaddress.IPv4Address(0), 6: ipaddress.IPv6Address(0)}
+
+
+def marks_are_inherited() -> bool:
+    """In this network namespace an accepted socket carries the mark of the SYN (ip-sysctl: tcp_fwmark_accept), for IPv4
+    and IPv6 alike: with `MARK`, whatever it sent would pass by the fence."""
+    with failing("open tcp_fwmark_accept"), open("/proc/sys/net/ipv4/tcp_fwmark_accept") as setting:
+        return setting.read().strip() != "0"
 
 
 class Silence:

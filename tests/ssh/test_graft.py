@@ -152,6 +152,7 @@ REFUSALS = {
     "no-descriptor": Refused("select", [], "pid:{pid}:999", "has no descriptor 999"),
     "no-socket": Refused("select", [], "pid:{pid}:1", "is not a socket but pipe:"),
     "listener": Refused("select", [], "pid:{pid}:3", "listens"),
+    "marked": Refused("select", [], "accept:{pid}", "takes over the mark"),
     "elsewhere": Refused("select", [], "accept:{pid}", "is in another network namespace"),
 }
 
@@ -185,6 +186,8 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_touched(case: str, tmp_pa
         if case == "full":
             with lab.destination.enter():
                 stack.enter_context(socket.create_connection((str(lab.destination.ipv4), PORT), timeout=5))
+        if case == "marked":
+            lab.destination.run(["sysctl", "-qw", "net.ipv4.tcp_fwmark_accept=1"])
         if case == "traced":
             stack.enter_context(traced(pid))
         with lab.peer.enter(), socket.create_connection((str(lab.origin.ipv4), PORT), timeout=20) as peer:
