@@ -1,23 +1,25 @@
 """From a process to its connections, each passable or with the reason why not.
 
 `list`, `pass`, `--dry-run` and `check` share it, so what `list` calls passable is what `pass` accepts. Nothing is
-touched: descriptors are copied (pidfd_getfd), looked at and closed. What only the stopped, held connection shows (the
+touched: descriptors are copied (pidfd_getfd), looked at and closed; of all at once the kernel tells most by itself
+(sock_diag), which is what makes ten thousand bearable. What only the stopped, held connection shows (the
 queues' contents) is looked at again by the pass itself.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from .core import tcp
-from .core.endpoint import Flow
+from .core.endpoint import Flow, IPAddress
 from .core.errors import KernelError, Refused
 from .core.tcp import TcpState
-from .kernel import netns, process, routing, syscalls, tcpinfo
+from .kernel import netns, process, routing, sockdiag, syscalls, tcpinfo
 
 _SO_PROTOCOL, _SO_DOMAIN, _SO_ACCEPTCONN, _SO_ZEROCOPY = 38, 39, 30, 60
 _TCP_ULP = 31
@@ -67,40 +69,67 @@ def find(pid: int, fd: int) -> Connection:
 
 
 def connections(pid: int | None = None) -> Iterator[Connection]:
-    """Every TCP socket of the process, or of all processes that may be looked at."""
-    pids = [pid] if pid is not None else sorted(process.processes())
-    by_process: dict[int, dict[int, list[int]]] = {}
-    for one in pids:
-        try:
-            links = process.descriptors(one)
-        except Refused:
-            if pid is not None:
-                raise
-            continue
-        by_inode = by_process.setdefault(one, {})
-        for number, link in links.items():
-            inode = process.socket_inode(link)
-            if inode is not None:
-                by_inode.setdefault(inode, []).append(number)
-    wanted = {inode for found in by_process.values() for inode in found}
-    holding = process.holders(wanted)
+    """Every TCP socket that is connected or listens, of the process, or of all processes that may be looked at. What a
+    process has from another network namespace than its own is left out, and cannot be passed."""
+    if pid is not None:
+        process.descriptors(pid)  # Refused where that may not be seen
+    by_process = process.sockets()
+    holding: dict[int, set[int]] = {}
     for one, found in by_process.items():
-        if not found:
-            continue
+        for inode in found:
+            holding.setdefault(inode, set()).add(one)
+    wanted = holding.keys() if pid is None else by_process.get(pid, {}).keys()
+    networks: dict[tuple[int, int], _Network] = {}
+    for one in sorted(by_process) if pid is None else [pid] * (pid in by_process):
         try:
+            path = process.network_namespace(one)
+            identity = netns.identity(path)
+            if identity not in networks:
+                with netns.enter(path):
+                    networks[identity] = _Network(sockdiag.known(wanted))
             pidfd = syscalls.pidfd_open(one)
-        except KernelError:
+        except KernelError:  # it has exited
             continue
+        name = process.name(one)
         try:
-            for inode, numbers in found.items():
-                try:
-                    result = _examine(one, pidfd, inode, tuple(numbers), holding[inode])
-                except (KernelError, Refused):
-                    continue
-                if isinstance(result, Connection):
-                    yield _but_for_a_local_peer(result)
+            for inode, numbers in by_process[one].items():
+                entry = networks[identity].sockets.get(inode)
+                if entry is not None:
+                    yield _listed(one, name, pidfd, entry, tuple(numbers), holding[inode], networks[identity])
         finally:
             os.close(pidfd)
+
+
+@dataclass
+class _Network:
+    """A network namespace: the TCP sockets in it by inode, and which addresses are local, as far as that was asked."""
+
+    sockets: dict[int, sockdiag.Known]
+    local: dict[IPAddress, bool] = field(default_factory=dict)
+
+
+def _listed(pid: int, name: str, pidfd: int, entry: sockdiag.Known, numbers: tuple[int, ...], holding: set[int],
+            network: _Network) -> Connection:
+    """Of what the kernel tells of all sockets at once; only one that may be passed is looked at by itself."""
+    others = tuple(sorted(holding - {pid})) if len(holding) > 1 else ()
+    why_not, hint = _obstacle(entry.state, entry.flow, entry.options, entry.upper, others)
+    if why_not is None and entry.flow is not None:
+        peer = entry.flow.peer.address
+        if peer not in network.local:
+            with netns.enter(process.network_namespace(pid)):
+                network.local[peer] = routing.is_local(peer)
+        if network.local[peer]:
+            refusal = _local_peer(entry.flow)
+            why_not, hint = refusal.message, refusal.hint
+        else:
+            try:
+                with syscalls.borrow_tcp(pidfd, numbers[0], entry.flow.socket_family) as sock:
+                    why_not, hint = _obstacle_inside(sock)
+            except (KernelError, OSError):  # ENOTSOCK: it has become something else
+                why_not = "may not be taken, or was closed just now"
+    return Connection(pid=pid, process_name=name, descriptors=numbers, inode=entry.inode,
+                      state=entry.state, flow=entry.flow, unread=entry.unread, unacknowledged=entry.unacknowledged,
+                      cookie=entry.cookie, why_not=why_not, hint=hint, shared_with=others)
 
 
 def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding: set[int]) -> Connection | str:
@@ -136,7 +165,9 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
             except (KernelError, ValueError):
                 flow = None
         others = tuple(sorted(holding - {pid}))
-        why_not, hint = _obstacle(sock, info, listening, flow, others)
+        why_not, hint = _obstacle(info.state, flow, info.options, _upper_protocol(sock), others)
+        if why_not is None:
+            why_not, hint = _obstacle_inside(sock)
         return Connection(
             pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode, state=info.state, flow=flow,
             unread=0 if listening else tcpinfo.unread_bytes(sock),
@@ -144,28 +175,43 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
             cookie=tcpinfo.cookie(sock), why_not=why_not, hint=hint, shared_with=others)
 
 
-def _obstacle(sock: socket.socket, info: tcpinfo.TcpInfo, listening: bool, flow: Flow | None,
+def _obstacle(state: TcpState, flow: Flow | None, options: int, upper: str,
               others: tuple[int, ...]) -> tuple[str | None, str]:
     """The first thing that forbids the pass, as what the descriptor is, and what to do about it."""
-    if listening:
+    if state is TcpState.LISTEN:
         return "is a listening socket, which has no peer", ""
-    if info.state not in tcp.PASSABLE_STATES or flow is None:
-        return f"is in state {info.state.label}", "only established and half-closed (CLOSE-WAIT) connections are passed"
+    if state not in tcp.PASSABLE_STATES or flow is None:
+        return f"is in state {state.label}", "only established and half-closed (CLOSE-WAIT) connections are passed"
     if others:
         return (f"is shared with process {', '.join(map(str, others[:4]))}",
                 "every process that could use the connection would have to give it up")
+    if options & tcp.OPT_USEC_TS:
+        return "uses microsecond timestamps, which cannot be carried", ""
+    if upper:
+        return f"has the kernel protocol {upper!r} on top, which cannot be carried", ""
+    if _is_loopback(flow.local.address) or _is_loopback(flow.peer.address):
+        return "is a loopback connection, which no other host can continue", ""
+    if _is_of_a_link(flow.peer.address):
+        return f"has the peer {flow.peer.address}, which has a meaning on its own link only", ""
+    return None, ""
+
+
+@functools.lru_cache(1 << 12)  # thousands of connections have few addresses, and ipaddress is slow
+def _is_loopback(address: IPAddress) -> bool:
+    return address.is_loopback
+
+
+@functools.lru_cache(1 << 12)
+def _is_of_a_link(address: IPAddress) -> bool:
+    return address.is_multicast or address.is_link_local
+
+
+def _obstacle_inside(sock: socket.socket) -> tuple[str | None, str]:
+    """What only the socket itself tells."""
     if tcpinfo.has_urgent_data(sock):
         return "has urgent data waiting, which cannot be carried", "try again once the program has read it"
-    if info.options & tcp.OPT_USEC_TS:
-        return "uses microsecond timestamps, which cannot be carried", ""
-    if ulp := _upper_protocol(sock):
-        return f"has the kernel protocol {ulp!r} on top, which cannot be carried", ""
     if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
         return "uses MSG_ZEROCOPY, whose completions would be lost", ""
-    if flow.local.address.is_loopback or flow.peer.address.is_loopback:
-        return "is a loopback connection, which no other host can continue", ""
-    if flow.peer.address.is_multicast or flow.peer.address.is_link_local:
-        return f"has the peer {flow.peer.address}, which has a meaning on its own link only", ""
     return None, ""
 
 
@@ -178,21 +224,15 @@ def _upper_protocol(sock: socket.socket) -> str:
         raise
 
 
-def _but_for_a_local_peer(connection: Connection) -> Connection:
-    if connection.why_not is None:
-        try:
-            refuse_local_peer(connection)
-        except Refused as error:
-            return replace(connection, why_not=error.message, hint=error.hint)
-    return connection
-
-
 def refuse_local_peer(connection: Connection) -> None:
     """Refused where the peer is on the origin's own host: its packets never pass the hooks that hold and forward."""
-    flow = connection.flow
-    if flow is None:
+    if connection.flow is None:
         return
     with netns.enter(process.network_namespace(connection.pid)):
-        if routing.is_local(flow.peer.address):
-            raise Refused(f"the peer {flow.peer} is on the origin host itself",
-                          hint="its packets cannot be sent on to another host")
+        if routing.is_local(connection.flow.peer.address):
+            raise _local_peer(connection.flow)
+
+
+def _local_peer(flow: Flow) -> Refused:
+    return Refused(f"the peer {flow.peer} is on the origin host itself",
+                   hint="its packets cannot be sent on to another host")

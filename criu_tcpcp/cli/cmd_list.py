@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from typing import Any
 
 from ..core.errors import ExitCode
@@ -23,10 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pid is not None:
         from ..kernel import process
         process.identity(arguments.pid)
+    gc.disable()  # of thousands of connections, none is garbage
     found = sorted(inventory.connections(arguments.pid), key=lambda one: (one.pid, one.descriptors))
     if arguments.json:
-        for one in found:
-            console.result_json(_object(one))
+        console.results_json(map(_object, found))
         return int(ExitCode.OK)
     rows = [["State", "Recv-Q", "Send-Q", "Local Address:Port", "Peer Address:Port", "Process", "FD", "Passable"]]
     rows += [[one.state.label, str(one.unread), str(one.unacknowledged), str(one.flow.local) if one.flow else "*",
@@ -40,4 +41,4 @@ def _object(one: Any) -> dict[str, Any]:
     return {"pid": one.pid, "process": one.process_name, "fds": list(one.descriptors), "state": one.state.label,
             "local": str(one.flow.local) if one.flow else None, "peer": str(one.flow.peer) if one.flow else None,
             "recv_q": one.unread, "send_q": one.unacknowledged, "passable": one.why_not is None, "why_not": one.why_not,
-            "hint": one.hint}
+            "hint": one.hint, "shared_with": list(one.shared_with)}

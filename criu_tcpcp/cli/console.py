@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from ..core.errors import Owner, TcpcpError
@@ -31,6 +32,13 @@ def result(text: str) -> None:
 
 def result_json(value: dict[str, Any]) -> None:
     _write(sys.stdout, json.dumps(value))
+
+
+def results_json(values: Iterable[dict[str, Any]]) -> None:
+    """One a line, and all in one write: there may be thousands."""
+    text = "\n".join(map(json.dumps, values))
+    if text:
+        result(text)
 
 
 def refusal_json(problem: TcpcpError, *, about_connection: bool) -> None:
@@ -69,8 +77,8 @@ def _emphasised(text: str) -> str:
 def table(rows: list[list[str]]) -> None:
     """Columns as wide as they need to be; the first row is the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    result("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows))
 
 
 def steps(report: Any) -> None:

@@ -27,7 +27,7 @@ _NETLINK_EXT_ACK, _NETLINK_NO_ENOBUFS = 11, 5
 F_REQUEST, F_ACK, F_DUMP, F_CREATE, F_EXCL = 0x1, 0x4, 0x300, 0x400, 0x200
 _MSG_ERROR, _MSG_DONE = 0x2, 0x3
 _NESTED = 0x8000
-_TYPE_MASK = 0x3FFF
+TYPE_MASK = 0x3FFF
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 
 HEADER = struct.Struct("=IHHII")
@@ -67,7 +67,7 @@ def attributes(data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
         length, kind = struct.unpack_from("=HH", view)
         if length < 4 or length > len(view):
             return
-        yield kind & _TYPE_MASK, view[4:length]
+        yield kind & TYPE_MASK, view[4:length]
         view = view[(length + 3) & ~3:]
 
 

@@ -150,11 +150,18 @@ def descriptors(pid: int) -> dict[int, str]:
     except PermissionError:
         raise Refused(f"the descriptors of process {pid} may not be seen", hint="run as root") from None
     found = {}
-    for number in numbers:
-        try:
-            found[number] = os.readlink(f"{directory}/{number}")
-        except OSError:  # closed meanwhile
-            continue
+    try:
+        inside = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Refused(f"there is no process {pid}") from None
+    try:
+        for number in numbers:
+            try:
+                found[number] = os.readlink(str(number), dir_fd=inside)
+            except OSError:  # closed meanwhile
+                continue
+    finally:
+        os.close(inside)
     return found
 
 
@@ -167,6 +174,21 @@ def socket_inode(link: str) -> int | None:
 
 def processes() -> Iterator[int]:
     return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+
+
+def sockets() -> dict[int, dict[int, list[int]]]:
+    """What every process that may be looked at has: process id -> inode of a socket -> descriptor numbers."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for pid in processes():
+        try:
+            links = descriptors(pid)
+        except Refused:
+            continue
+        for number, link in links.items():
+            inode = socket_inode(link)
+            if inode is not None:
+                found.setdefault(pid, {}).setdefault(inode, []).append(number)
+    return found
 
 
 def holders(inodes: set[int]) -> dict[int, set[int]]:

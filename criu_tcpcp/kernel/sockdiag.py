@@ -1,7 +1,8 @@
-"""Is there a socket of exactly this connection in this network namespace, and who listens? (sock_diag(7),
-linux/inet_diag.h)
+"""What TCP sockets are in this network namespace: that of exactly this connection, those that listen, all of them
+(sock_diag(7), linux/inet_diag.h).
 
-pyroute2's DiagSocket lists sockets; this asks for one, in some 30 us, and touches nothing.
+One is asked for in some 30 us, and ten thousand are told of in 0.1 s; nothing is touched. (pyroute2's DiagSocket takes
+a hundred times as long for many.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import errno
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from ..core.endpoint import Endpoint, Flow, IPAddress
@@ -24,7 +25,15 @@ _SOCK_DIAG_BY_FAMILY = 20
 _MSG_ERROR, _MSG_DONE = 2, 3
 _NO_COOKIE = 0xFFFFFFFF
 _MESSAGE_BYTES = 72  # struct inet_diag_msg
-_ATTR_SKV6ONLY = 11  # INET_DIAG_SKV6ONLY
+_ATTR_INFO, _ATTR_SKV6ONLY, _ATTR_ULP_INFO = 2, 11, 21  # INET_DIAG_*
+_ULP_NAME = 1  # INET_ULP_INFO_NAME
+_INFO_OPTIONS = 5  # struct tcp_info, tcpi_options
+_HEAD = struct.Struct("=BB2xHH16s16sIQIIIII")  # struct inet_diag_msg; ports and addresses are the network's
+_INODE, _INODE_AT = struct.Struct("=I"), 68
+_ATTRIBUTE = struct.Struct("=HH")
+_MAPPED = bytes(10) + b"\xff\xff"  # of an IPv4 address in an IPv6 socket
+_PEER_HAS_ENDED = frozenset({TcpState.CLOSE_WAIT, TcpState.LAST_ACK, TcpState.CLOSING})
+_UNOWNED = (1 << TcpState.TIME_WAIT) | (1 << TcpState.SYN_RECV) | (1 << TcpState.NEW_SYN_RECV)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,67 @@ class Listener:
 
     def __str__(self) -> str:
         return str(Endpoint(self.plain_address, self.port))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the kernel tells of a program's TCP socket. `flow`: None where it listens; `unread` bytes without the peer's
+    FIN; `options` as tcpi_options; `upper`: the protocol that runs inside the kernel on top of it, or ''."""
+
+    state: TcpState
+    inode: int
+    cookie: int
+    flow: Flow | None
+    unread: int
+    unacknowledged: int
+    options: int
+    upper: str
+
+
+def known(wanted: Container[int]) -> dict[int, Known]:
+    """Of these inodes, the TCP sockets in the calling thread's network namespace that are connected or listen."""
+    found = {}
+    addresses: dict[bytes, IPAddress] = {}
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 1 << (_ATTR_INFO - 1), 0,
+                              0xFFFFFFFF & ~_UNOWNED) + bytes(48)
+        for body in _ask(request, netlink.F_DUMP):
+            inode, = _INODE.unpack_from(body, _INODE_AT)
+            if inode in wanted:
+                found[inode] = _known(body, addresses)
+    return found
+
+
+def _known(body: memoryview, addresses: dict[bytes, IPAddress]) -> Known:
+    """`addresses`: those that were made already; one of them is rarely alone."""
+    (family, state, local_port, peer_port, local, peer, interface, cookie, _expires, unread, outgoing, _uid,
+     inode) = _HEAD.unpack_from(body)
+    options, upper, position, end = 0, "", _MESSAGE_BYTES, len(body)
+    while position + _ATTRIBUTE.size <= end:  # as netlink.attributes, which is too slow for thousands
+        length, kind = _ATTRIBUTE.unpack_from(body, position)
+        if length < _ATTRIBUTE.size or position + length > end:
+            break
+        if kind == _ATTR_INFO:
+            options = body[position + _ATTRIBUTE.size + _INFO_OPTIONS]
+        elif kind & netlink.TYPE_MASK == _ATTR_ULP_INFO:
+            upper = next((bytes(name).rstrip(b"\0").decode("ascii", "replace") for inner, name
+                          in netlink.attributes(body[position + _ATTRIBUTE.size:position + length])
+                          if inner == _ULP_NAME), "")
+        position += (length + 3) & ~3
+    if state == TcpState.LISTEN:
+        return Known(TcpState.LISTEN, inode, cookie, None, 0, 0, options, upper)
+    ends, mapped = [], False
+    for packed, port in ((local, local_port), (peer, peer_port)):
+        mapped = mapped or (family == socket.AF_INET6 and packed.startswith(_MAPPED))
+        address = addresses.get(packed)
+        if address is None:
+            plain = packed[:4] if family == socket.AF_INET else packed[12:] if mapped else packed
+            address = addresses[packed] = ipaddress.ip_address(plain)
+        ends.append(Endpoint(address, socket.ntohs(port)))
+    scope = interface if interface and ends[1].address.is_link_local and ends[1].address.version == 6 else 0
+    has_fin = state in _PEER_HAS_ENDED and unread > 0
+    return Known(TcpState(state), inode, cookie, Flow(ends[0], ends[1], mapped, scope), unread - has_fin, outgoing,
+                 options, upper)
 
 
 def state_of(flow: Flow) -> TcpState | None:

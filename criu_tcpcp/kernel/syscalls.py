@@ -74,6 +74,12 @@ def borrow_socket(pidfd: int, fd: int) -> socket.socket:
         raise
 
 
+def borrow_tcp(pidfd: int, fd: int, family: int) -> socket.socket:
+    """As `borrow_socket`, for one that is known to be a TCP socket of this family: a third of the time, and nothing is
+    asked; KernelError where the descriptor is not there any more."""
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=pidfd_getfd(pidfd, fd))
+
+
 def membarrier_global() -> None:
     """Wait for a grace period: 5 to 13 ms on two cores (membarrier(2))."""
     check("membarrier", libc.syscall(_SYS_MEMBARRIER, _MEMBARRIER_CMD_GLOBAL, 0, 0))
