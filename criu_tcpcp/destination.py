@@ -39,13 +39,14 @@ _PREPARED_TIMEOUT_S = 10.0
 _STANDING_TIMEOUT_S = 1.0  # with a whole program standing still
 # Until the state comes, the origin may wait for a quiet instant, or for its application.
 _TIMEOUTS_S = {DestinationState.READY: 60.0, DestinationState.INTERRUPTED: 30.0}
+PROLOGUE_FILE = "prologue"
 _FORCED = frozenset({"SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK"})  # of a dormant socket: they are not the program's
 
 
 class Destination:
     """See the module."""
 
-    def __init__(self, journal: Journal, wire: Wire, flow: Flow, into: str) -> None:
+    def __init__(self, journal: Journal, wire: Wire, flow: Flow, into: str, prologue: bytes | None = None) -> None:
         self.name = "destination"
         self.journal = journal
         self.flow = flow
@@ -54,7 +55,7 @@ class Destination:
         self.left: list[str] = []
         self.notes: list[str] = []
         self.steps: list[tuple[str, float]] = []
-        self._into = into
+        self._into, self._prologue = into, prologue
         self._wire = wire
         self._machine_state = DestinationState.READY
         self._graft: graft.Graft | None = None
@@ -80,7 +81,10 @@ class Destination:
     def staged(cls, stage: Stage, wire: Wire) -> Destination:
         """Find the way in, make the rules. The journal is claimed. Refused: nothing of it stands."""
         flow = Flow.from_json(stage.flow)
-        side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into)
+        if len(stage.prologue) > messages.MAX_PROLOGUE:
+            raise ProtocolError("a prologue that is too long")
+        side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
+                   stage.prologue if stage.has_prologue else None)
         try:
             read_inet_sk(stage.inet_sk)
             side._stage()
@@ -108,7 +112,10 @@ class Destination:
         with host_rules(flow.ip_version) as rules:
             self._keeps_fence = rules.is_fenced(flow)  # of an earlier pass from here: it outlives this one undone
         self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local,
-                           keeps_fence=self._keeps_fence, way=self._graft.way, taker=self._graft.taker.to_json())
+                           keeps_fence=self._keeps_fence, way=self._graft.way, taker=self._graft.taker.to_json(),
+                           has_prologue=self._prologue is not None)
+        if self._prologue is not None:
+            self.journal.save(PROLOGUE_FILE, self._prologue)  # an interrupted activation may need it once more
         for verdict in ("committed", "aborted"):
             self.journal.draft(verdict)
         self.journal.reserve(LOST_MARK)
@@ -132,7 +139,12 @@ class Destination:
         way, rules, injector = self._graft, self._rules, self._injector
         if way is None or rules is None or injector is None:
             raise Refused("the pass was not staged")
-        way.arrange(self.flow, graft.Ground(self.journal, rules, injector))
+        way.arrange(self.flow, graft.Ground(self.journal, rules, injector, self._prologue))
+
+    @property
+    def knows(self) -> bool:
+        """The program takes part in passes."""
+        return self._graft is not None and not self._graft.stops
 
     @property
     def into(self) -> str:
@@ -286,11 +298,13 @@ class Destination:
 
     def _write_active(self) -> None:
         self.journal.write("active")
+        self.journal.forget(PROLOGUE_FILE)
         if self._rules is not None and self._moves:  # a FIN at the last instant may have put it back
             self._rules.stay(self.flow, self._moves)
 
     def _write_lost(self) -> None:
         self.journal.set_mark(LOST_MARK)
+        self.journal.forget(PROLOGUE_FILE)
 
     def _send_active(self) -> None:
         self._wire.send(messages.Active(self.journal.pass_id, list(self.left), list(self.notes),
@@ -339,6 +353,8 @@ class Destination:
         if staged is None:
             raise ProtocolError(f"the journal knows nothing of pass {journal.pass_id}")
         side = cls(journal, wire, Flow.from_json(staged["flow"]), staged["into"])
+        if staged.get("has_prologue") and not journal.field("active"):
+            side._prologue = journal.load(PROLOGUE_FILE)
         side.name = "recovery"
         side._interrupted = True
         side.address_is_local = not staged["divert"]

@@ -48,7 +48,7 @@ class ImageWriter:
         self.address_is_local = True  # nothing is to be sent on
         self.left: list[str] = []
         self.steps: list[tuple[str, float]] = []
-        self.into = f"images {place}"
+        self.into, self.knows = f"images {place}", True
         self._wire = wire
         self._place = place
         self._owner = owner

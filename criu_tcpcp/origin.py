@@ -95,6 +95,7 @@ class Options:
     idle_ms: int | None = 200
     max_stall_ms: int = 500
     app_state: bytes = field(default=b"", repr=False)
+    prologue: bytes | None = field(default=None, repr=False)
     origin_sees: str = "reset"
     settle_s: float = 10.0
     doubt_limit_s: float = 5.0
@@ -175,7 +176,8 @@ class Origin:
         entry = encode_inet_sk(self.flow, self._connection.state, not os.get_blocking(self._sock.fileno()),
                                self._socket_options, self._connection.inode)
         self._need_wire().send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
-                                     self.options.redirect, entry))
+                                     self.options.redirect, entry, self.options.prologue is not None,
+                                     self.options.prologue or b""))
         self._stage_here()  # while the destination does the same
         answer = self._need_wire().receive(_STAGE_TIMEOUT_S)
         if isinstance(answer, RefusedMessage):

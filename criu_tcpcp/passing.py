@@ -18,6 +18,7 @@ from typing import Any
 from . import graft, inventory, journal, keeper, settle
 from .core.criu import messages as load_criu_messages
 from .core.errors import ExitCode, Owner, Refused, TcpcpError, UsageError
+from .core.messages import MAX_PROLOGUE
 from .inventory import Connection
 from .journal import Journal
 from .kernel import netns
@@ -47,6 +48,12 @@ def check_options(options: dict[str, Any]) -> Options:
     except TypeError as error:
         raise UsageError(str(error)) from None
     graft.check_name(wanted.into)
+    if wanted.prologue is not None:
+        if len(wanted.prologue) > MAX_PROLOGUE:
+            raise UsageError(f"the prologue has {len(wanted.prologue)} bytes: at most {MAX_PROLOGUE} can be said")
+        if wanted.into.startswith(("receiver", "pid:")):
+            raise UsageError(f"--into {wanted.into[:80]} takes no prologue: it is said to a server that accepts",
+                             hint="--into accept:PID or listen:PORT; a receiver gets --app-state")
     if wanted.via is not None:
         try:
             ipaddress.ip_address(wanted.via.split("%")[0])

@@ -25,7 +25,7 @@ from .core.endpoint import Flow
 from .core.errors import JournalError, LinkError, ProtocolError, TcpcpError
 from .core.handoff import DESTINATION_FINAL, Event
 from .core.imageset import Owner
-from .destination import Destination
+from .destination import PROLOGUE_FILE, Destination
 from .executor import Executor, without_garbage_collection
 from .imagewriter import ImageWriter, holds_dump
 from .journal import DESTINATION, Journal, prepare_run_directory
@@ -126,7 +126,7 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None) -> None:
             return
         held.enter_context(contextlib.closing(side))
         held.enter_context(without_garbage_collection())
-        wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into))
+        wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into, side.knows))
         carrier = process.carrier()
         chain = [None] if carrier is None else [None, carrier]  # a message is as slow as the slowest that hands it on
         for pid in chain:
@@ -189,6 +189,7 @@ def _settled(message: messages.Settled, wire: Wire, images: Images | None) -> No
     journal = Journal(message.pass_id, DESTINATION)
     if journal.exists() and images is None:
         journal.write("settled")
+        journal.forget(PROLOGUE_FILE)
     elif journal.exists():
         journal.remove()
     wire.send(message)

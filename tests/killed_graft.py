@@ -41,6 +41,10 @@ CALLS = ("kernel/repair.py", "kernel/tracee.py", "kernel/rawpacket.py", "kernel/
          "graft/to_accept.py")
 
 
+#: Said to the program before it has the connection.
+PROLOGUE = sys.argv[5] if len(sys.argv) > 5 else None
+
+
 class Killer:
     """Counts points, and dies at one of them."""
 
@@ -63,7 +67,8 @@ def graft(into: str, flow: Flow, killer: Killer) -> None:
     image = encode(state)
     reading, writing = socket.socketpair()
     wire = Wire(reading.fileno(), writing.fileno())
-    stage = Stage(journal.new_id(), flow.to_json(), into, "auto", image.inet_sk)
+    stage = Stage(journal.new_id(), flow.to_json(), into, "auto", image.inet_sk, PROLOGUE is not None,
+                  (PROLOGUE or "").encode())
     record = journal.Journal(stage.pass_id, journal.DESTINATION)
     with record.claimed(stage.flow):
         sys.settrace(killer)
@@ -122,7 +127,7 @@ def one(into: str, pid: int, flow: Flow, at: int) -> int:
 
 
 def main() -> None:
-    into, (pid, port, times) = sys.argv[1], map(int, sys.argv[2:])
+    into, (pid, port, times) = sys.argv[1], map(int, sys.argv[2:5])
     journal.prepare_run_directory()
     local = Endpoint(ipaddress.ip_address(source_towards(PEER)), port)
     flow = replace(plain().flow, local=local, peer=PEER)

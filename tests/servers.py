@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import queue
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -210,7 +212,35 @@ def stepping_out(listener: socket.socket) -> None:
     os._exit(0)
 
 
-MODELS |= {"shut": shut, "greet": greet, "idle": idle, "stepping-out": stepping_out}
+def deaf(listener: socket.socket) -> None:
+    """Reads nothing."""
+    held = []
+    while True:
+        held.append(Served(*listener.accept()))
+
+
+def talkative(listener: socket.socket) -> None:
+    """Has always something to say to whoever says something."""
+    while True:
+        served = Served(*listener.accept())
+        if served.step():
+            with contextlib.suppress(OSError):
+                while True:
+                    served.sock.sendall(b"and ")
+                    time.sleep(0.01)
+        served.sock.close()
+
+
+def leaving(listener: socket.socket) -> None:
+    """Says goodbye, and closes."""
+    while True:
+        served = Served(*listener.accept())
+        served.step()
+        served.sock.close()
+
+
+MODELS |= {"shut": shut, "greet": greet, "idle": idle, "stepping-out": stepping_out, "deaf": deaf,
+           "talkative": talkative, "leaving": leaving}
 
 
 def listen(arguments: argparse.Namespace) -> socket.socket:

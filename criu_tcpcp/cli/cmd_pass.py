@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ExitCode, UsageError
+from ..core.messages import MAX_PROLOGUE
 from ..core.state import MAX_CARRIED
 from . import console
 from .arguments import add_freeze_arguments, add_ssh_arguments, descriptor, freeze_options, process_id, target_of
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where the destination does not answer the offer: let the process run again, without the "
                              "connection, after this time (default: %(default)s)")
     parser.add_argument("--app-state", metavar="FILE|-", help="bytes for the application at the destination")
+    parser.add_argument("--prologue", metavar="FILE|-",
+                        help="bytes that an unmodified server there reads before the peer's; its answers are dropped")
     parser.add_argument("--dry-run", action="store_true",
                         help="reach the destination, stage everything, stop nothing, and take it all back")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -42,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import passing
     from ..report import PassError
     target = target_of(arguments)
+    if arguments.app_state == arguments.prologue == "-":
+        raise UsageError("--app-state and --prologue cannot both be read from stdin")
     options = _options(arguments)
     if arguments.dry_run:
         return _dry_run(arguments, options)
@@ -60,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"into": arguments.into, "redirect": arguments.redirect, "via": arguments.via,
-            "app_state": _app_state(arguments.app_state),
+            "app_state": _bytes("--app-state", arguments.app_state, MAX_CARRIED, "256 MiB") or b"",
+            "prologue": _bytes("--prologue", arguments.prologue, MAX_PROLOGUE, "32 KiB"),
             "doubt_limit_s": _not_negative("--doubt-limit", arguments.doubt_limit), **freeze_options(arguments)}
 
 
@@ -70,17 +76,18 @@ def _not_negative(name: str, value: float) -> float:
     return value
 
 
-def _app_state(name: str | None) -> bytes:
+def _bytes(option: str, name: str | None, limit: int, limit_text: str) -> bytes | None:
+    """What the option's file holds; None without the option."""
     if name is None:
-        return b""
+        return None
     try:
         with contextlib.ExitStack() as stack:
             file = sys.stdin.buffer if name == "-" else stack.enter_context(Path(name).open("rb"))
-            data = file.read(MAX_CARRIED + 1)
+            data = file.read(limit + 1)
     except OSError as error:
-        raise UsageError(f"--app-state {name}: {error.strerror}") from None
-    if len(data) > MAX_CARRIED:
-        raise UsageError(f"--app-state {name}: more than {MAX_CARRIED >> 20} MiB")
+        raise UsageError(f"{option} {name}: {error.strerror}") from None
+    if len(data) > limit:
+        raise UsageError(f"{option} {name}: more than {limit_text}")
     return data
 
 

@@ -29,12 +29,13 @@ from typing import Any, ClassVar
 
 from .errors import ProtocolError
 
-PROTOCOL = 2  # one more for every message, field or meaning that is new
+PROTOCOL = 3  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
 MAX_FRAME = 1 << 29  # two queues far beyond what any kernel allows, and the application's state
 MAX_SMALL_FRAME = 1 << 16  # of every message without queues
+MAX_PROLOGUE = 1 << 15  # bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Hello(Message):
 
 @dataclass(frozen=True)
 class Stage(Message):
-    """`inet_sk`: the connection's inet_sk_entry while it still runs; Prepare's is the one that counts."""
+    """`inet_sk`: the connection's inet_sk_entry while it still runs; Prepare's is the one that counts. `prologue`: what
+    the program there reads before the peer's bytes, if `has_prologue`."""
 
     kind = 2
     pass_id: str
@@ -67,18 +69,22 @@ class Stage(Message):
     into: str
     redirect: str
     inet_sk: bytes
+    has_prologue: bool = False
+    prologue: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
 class Staged(Message):
     """`nonce` must come back with Prepare: an old state cannot be played again. `address_is_local`: the destination has
-    the flow's local address itself. `into`: what was found, for the report."""
+    the flow's local address itself. `into`: what was found, for the report. `knows`: the program there takes part in
+    passes; else it is an unmodified one."""
 
     kind = 3
     pass_id: str
     nonce: str
     address_is_local: bool
     into: str
+    knows: bool
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ which is a new one or one that the program has already, and gets it dormant (`gr
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ..core.endpoint import Flow
@@ -37,11 +37,13 @@ class Reclaimed:
 
 @dataclass(frozen=True)
 class Ground:
-    """What a way in may use while it makes ready: the pass's journal, this host's rules, and a hand for packets."""
+    """What a way in may use while it makes ready: the pass's journal, this host's rules, a hand for packets; and the
+    bytes that the program is to read before the peer's, with its answers dropped, or None."""
 
     journal: Journal
     rules: HostRules
     injector: Injector
+    prologue: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

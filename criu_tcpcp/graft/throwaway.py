@@ -29,35 +29,50 @@ from ..kernel.rawpacket import ACK, RST, SYN, Injector
 from ..kernel.rules import MARK, HostRules, marks_are_inherited
 from ..kernel.sockdiag import Listener
 from ..kernel.syscalls import failing
+from .prologue import Speaker
 
 THROWN = "thrown"
 _ANSWER_TIMEOUT_S = 1.0
 _TCP_DEFER_ACCEPT = 9
+_CHUNK = 1 << 16
 
 
 class ThrowAway(Protocol):
     """`flow`, as the server has it. `heard`: what the server did with it, "speaks" or "closes", where this end can
-    tell. `end`: one that no program has, or has any more, goes; `forget`: its socket has become something else. Neither
-    sends a packet to anybody."""
+    tell. Where it was made to talk: `say` begins to, `go_on` goes on, takes what the server answered, and returns how
+    many bytes that were; `has_said_all`: the server's host has all of it; `fall_silent` ends it, and what the server
+    says from then on counts as speaking. `end`: one that no program has, or has any more, goes; `forget`: its socket
+    has become something else. Neither sends a packet to anybody."""
 
     flow: Flow
 
     def open(self) -> None: ...
     def heard(self) -> str | None: ...
+    def say(self, text: bytes) -> None: ...
+    def go_on(self) -> int: ...
+    @property
+    def has_said_all(self) -> bool: ...
+    def fall_silent(self) -> None: ...
     def end(self) -> None: ...
     def forget(self) -> None: ...
 
 
 class Forged:
-    """See the module. `fenced`: the fence for `flow` stands for the pass itself; else it is this object's."""
+    """See the module. `fenced`: the fence for `flow` stands for the pass itself; else it is this object's. `talks`: a
+    prologue will be said."""
 
     def __init__(self, listener: Listener, flow: Flow, journal: Journal, rules: HostRules, injector: Injector, *,
-                 fenced: bool) -> None:
+                 fenced: bool, talks: bool) -> None:
         self.flow = flow
-        self._listener, self._rules, self._injector = listener, rules, injector
-        self._fences = not fenced
+        self._listener, self._journal, self._rules, self._injector = listener, journal, rules, injector
+        self._fences, self._talks = not fenced, talks
+        self._speaker: Speaker | None = None
         self._sequence = secrets.randbits(32)
-        journal.write(THROWN, thrown=flow.to_json(), sequence=self._sequence, fences=self._fences)
+        self._record(self._sequence)
+
+    def _record(self, sequence: int) -> None:
+        """For whoever has to `clear` it: the next byte that the server expects is the one behind this."""
+        self._journal.write(THROWN, thrown=self.flow.to_json(), sequence=sequence, fences=self._fences)
 
     def open(self) -> None:
         """It waits to be accepted. Refused where nothing answers, or the answer is no."""
@@ -66,25 +81,56 @@ class Forged:
                           hint="sysctl net.ipv4.tcp_fwmark_accept=0 at the destination")
         if self._fences:
             self._rules.fence(self.flow)
-        with contextlib.closing(Interception(self.flow)) as caught:
+        with contextlib.ExitStack() as stack:
+            caught = stack.enter_context(contextlib.closing(Interception(self.flow)))
             self._injector.deliver_bare(self.flow, SYN, self._sequence)
             answer = caught.answer(_ANSWER_TIMEOUT_S)
-        if answer is None:
-            raise Refused(f"the listener at {self._listener} does not answer: its backlog may be full, or a packet "
-                          "filter of the destination drops what the host sends to itself")
-        flags, sequence = answer
-        if flags & RST:
-            raise Refused(f"nothing listens at {self._listener} any more")
-        self._injector.deliver_bare(self.flow, ACK, tcp.add(self._sequence, 1), tcp.add(sequence, 1))
+            if answer is None:
+                raise Refused(f"the listener at {self._listener} does not answer: its backlog may be full, or a packet "
+                              "filter of the destination drops what the host sends to itself")
+            flags, sequence = answer
+            if flags & RST:
+                raise Refused(f"nothing listens at {self._listener} any more")
+            ours, theirs = tcp.add(self._sequence, 1), tcp.add(sequence, 1)
+            self._injector.deliver_bare(self.flow, ACK, ours, theirs)
+            if self._talks:
+                stack.pop_all()
+                self._speaker = Speaker(self.flow, self._injector, caught, ours, theirs)
 
     def heard(self) -> str | None:
-        return None  # only the server's own socket tells: what it says gets no further
+        """Only the server's own socket tells: what it says gets no further, unless there is a talk."""
+        return "closes" if self._speaker is not None and self._speaker.has_closed else None
+
+    def say(self, text: bytes) -> None:
+        self._record(tcp.add(self._sequence, len(text)))
+        self._talk.say(text)
+
+    def go_on(self) -> int:
+        return self._talk.go_on()
+
+    @property
+    def has_said_all(self) -> bool:
+        return self._talk.has_said_all
+
+    @property
+    def _talk(self) -> Speaker:
+        if self._speaker is None:
+            raise Refused("the forged connection was not made to talk")
+        return self._speaker
+
+    def fall_silent(self) -> None:
+        if self._speaker is not None:
+            self._speaker.close()
+            self._sequence = tcp.add(self._speaker.next_sequence, -1)
+            self._speaker = None
 
     def end(self) -> None:
+        self.fall_silent()
         _end_unowned(self.flow, self._sequence, self._injector)
         self.forget()
 
     def forget(self) -> None:
+        self.fall_silent()
         if self._fences:
             self._rules.unfence(self.flow)
             self._fences = False
@@ -96,6 +142,7 @@ class Ordinary:
     def __init__(self, listener: Listener) -> None:
         family = socket.AF_INET if listener.plain_address.version == 4 else socket.AF_INET6
         self._listener = listener
+        self._unsaid = b""
         self._client = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._client.settimeout(_ANSWER_TIMEOUT_S)
 
@@ -117,6 +164,26 @@ class Ordinary:
             return None
         except OSError:
             return "closes"
+
+    def say(self, text: bytes) -> None:
+        self._unsaid = text
+
+    def go_on(self) -> int:
+        answered = 0
+        with contextlib.suppress(OSError):  # would block; or the connection has ended, which `heard` tells
+            while self._unsaid:
+                self._unsaid = self._unsaid[self._client.send(self._unsaid):]
+        with contextlib.suppress(OSError):
+            while data := self._client.recv(_CHUNK):
+                answered += len(data)
+        return answered
+
+    @property
+    def has_said_all(self) -> bool:
+        return not self._unsaid
+
+    def fall_silent(self) -> None:
+        """The kernel acknowledges what comes from now on, and keeps it: `heard` sees it."""
 
     def end(self) -> None:
         """As a client that resets: for a server that has not accepted it yet, or has closed it."""

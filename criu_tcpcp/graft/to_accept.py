@@ -30,6 +30,8 @@ from .throwaway import Forged, Ordinary, ThrowAway, source_towards, undeferred
 _ACCEPT_TIMEOUT_S = 2.0
 _OTHERS_STAND_S = 0.3
 _MOMENT_S = 0.25
+_PROLOGUE_TIMEOUT_S = 3.0
+_REST_S, _SILENT_S = 0.05, 0.25  # without a word after an answer, and where nothing was answered at all
 _LOOK_EVERY_S = 0.002
 _QUIET_LOOKS = 4
 _TRIES = 64
@@ -46,12 +48,14 @@ class ToAccept(IntoProgram):
         super().__init__(way)
         self._listener, self._holders, self._sharing, self._wanted = listener, holders, sharing, wanted
         self._thrown: ThrowAway | None = None
+        self._answered: int | None = None  # bytes, to the prologue
 
     @property
     def description(self) -> str:
         if self._taken is None:
             return f"whoever accepts at {self._listener}"
-        return f"{super().description}, accepted at {self._listener}"
+        said = f", prologue answered with {self._answered} bytes" if self._answered is not None else ""
+        return f"{super().description}, accepted at {self._listener}{said}"
 
     # -- staging -------------------------------------------------------------------------------------------------------
 
@@ -64,7 +68,11 @@ class ToAccept(IntoProgram):
             for _ in range(_TRIES):
                 self._taken = taken = self._accepted(listener, flow, port, ground)
                 if self._wanted is None or self._wanted in (taken.program.pid, process.parent(taken.program.pid)):
-                    self._watch()
+                    if ground.prologue is None:
+                        self._watch()
+                    else:
+                        self._answered = self._rebuild(ground.prologue)
+                    self._see_who_has_it()
                     self._take(self._taken, ground.journal)
                     return
                 losers[taken.program.pid] = None
@@ -100,7 +108,8 @@ class ToAccept(IntoProgram):
             Flow(flow.local, flow.peer)
         if sockdiag.state_of(forged) is not None:
             raise Refused(f"the destination has a connection {forged} already")
-        return Forged(listener, forged, ground.journal, ground.rules, ground.injector, fenced=forged == plain)
+        return Forged(listener, forged, ground.journal, ground.rules, ground.injector, fenced=forged == plain,
+                      talks=ground.prologue is not None)
 
     def _borrowed(self, listener: Listener) -> socket.socket:
         found = in_place.first_of(sorted(self._holders), listener.inode, 0)
@@ -133,6 +142,43 @@ class ToAccept(IntoProgram):
             time.sleep(_LOOK_EVERY_S)
             self._refuse_if_used()
             quiet = quiet + 1 if process.waits(taken.program.pid) else 0
+
+    def _rebuild(self, prologue: bytes) -> int:
+        """Say the prologue, drop what the program says, and wait until both are over: how many bytes it said. Refused
+        where it closes the connection, or does not come to rest."""
+        taken, thrown = self._need(), self._thrown
+        if thrown is None:
+            raise Refused("the pass was not staged")
+        who = named(taken.program.pid)
+        thrown.say(prologue)
+        answered, since = 0, time.monotonic()
+        deadline = since + _PROLOGUE_TIMEOUT_S
+        while True:
+            time.sleep(_LOOK_EVERY_S)
+            new = thrown.go_on()
+            answered += new
+            entry = sockdiag.entry_of(thrown.flow)
+            if thrown.heard() == "closes" or entry is None or entry.inode != taken.inode \
+                    or entry.state is not TcpState.ESTABLISHED:
+                answered += thrown.go_on()  # it was quicker than the last look
+                raise Refused(f"{who} answers the prologue with {answered} bytes, and closes the connection",
+                              hint="its log may tell why")
+            now = time.monotonic()
+            if new or not thrown.has_said_all or entry.unread or entry.unacknowledged:
+                since = now
+            elif now - since > (_REST_S if answered else _SILENT_S) and process.waits(taken.program.pid):
+                break
+            if now > deadline:
+                left = "has not read all of the prologue" if entry.unread or not thrown.has_said_all \
+                    else "does not come to rest after the prologue"
+                raise Refused(f"{who} {left} within {_PROLOGUE_TIMEOUT_S:g} s",
+                              hint="it may be busy; or the prologue asks for what never ends")
+        thrown.fall_silent()
+        return answered
+
+    def _see_who_has_it(self) -> None:
+        """One process only; it may be a child that was forked for the connection."""
+        taken = self._need()
         holding = process.holders({taken.inode})[taken.inode]
         if len(holding) > 1:
             raise Refused(f"{named(taken.program.pid)} shares the connections that it accepts with process "
@@ -153,10 +199,12 @@ class ToAccept(IntoProgram):
         if heard == "closes" or entry is None or entry.inode != taken.inode or entry.state is not TcpState.ESTABLISHED:
             raise self._closed(named(taken.program.pid))
 
-    @staticmethod
-    def _speaks(who: str) -> Refused:
+    def _speaks(self, who: str) -> Refused:
+        if self._answered is not None:
+            return Refused(f"{who} says more than it answered to the prologue, and the peer would miss that",
+                           hint="try again; or it sends by itself all the time, as to a subscriber")
         return Refused(f"{who} speaks first, and a peer that has its connection already would read that in the middle "
-                       "of it", hint="--into pid:PID:FD, or a program there that makes a criu_tcpcp.Receiver")
+                       "of it", hint="--prologue FILE, even an empty one, takes that away; or --into pid:PID:FD")
 
     @staticmethod
     def _closed(who: str) -> Refused:

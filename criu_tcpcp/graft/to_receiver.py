@@ -40,6 +40,9 @@ class ToReceiver:
 
     def arrange(self, flow: Flow, ground: Ground) -> None:
         """Nothing but the socket, before anybody waits for it."""
+        if ground.prologue is not None:
+            raise Refused("a receiver takes no prologue: it has the connection from a pass, and knows so",
+                          hint="--app-state FILE hands it what it needs; or --into accept:PID")
         sock = socket.socket(flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._vessel = Vessel(sock, sockopt.read_all(sock), own=False)
 

@@ -7,15 +7,14 @@ connection tracking (priority -200), which so never hears of what did not leave.
 from __future__ import annotations
 
 import os
-import struct
 import time
 
 from ..core.endpoint import Flow
 from ..core.errors import KernelError
 from . import netlink, nftables
-from .nfqueue import PacketQueue
+from .nfqueue import DROP, PacketQueue
 from .nftables import OUTPUT, Chain, Component, Table
-from .rawpacket import RST, SYN
+from .rawpacket import RST, SYN, Segment, headers
 from .rules import TABLE
 
 _PRIORITY = -301
@@ -58,13 +57,17 @@ class Interception:
             packet = self._queue.next_packet(left)
             if packet is None:
                 return None
-            start = (packet[0] & 15) * 4 if self._version == 4 else 40
-            if len(packet) < start + 20:
-                continue
-            sequence, flags = struct.unpack_from(">4xI5xB", packet, start)
-            if flags & (SYN | RST):
-                return flags, sequence
+            segment = headers(packet, self._version)
+            if segment is not None and segment.flags & (SYN | RST):
+                return segment.flags, segment.sequence
         return None
+
+    def taken(self) -> list[Segment]:
+        """What was sent since, by its headers; never blocks."""
+        packets = self._queue.take()
+        self._queue.let_go((number for number, _packet in packets), DROP)
+        found = (headers(packet, self._version) for _number, packet in packets)
+        return [segment for segment in found if segment is not None]
 
     def close(self) -> None:
         self._wire.close()

@@ -113,10 +113,10 @@ class PacketQueue:
         self.release(DROP)
         return found[0] if found else None
 
-    def let_go(self, numbers: Iterable[int]) -> None:
-        """Accept these packets, in this order."""
+    def let_go(self, numbers: Iterable[int], verdict: int = ACCEPT) -> None:
+        """Give these packets the verdict, in this order."""
         for number in numbers:
-            body = netlink.attribute(_ATTR_VERDICT, struct.pack(">II", ACCEPT, number))
+            body = netlink.attribute(_ATTR_VERDICT, struct.pack(">II", verdict, number))
             with failing("NFQUEUE verdict"):
                 self._netlink.socket.send(netlink.message(_SUBSYSTEM << 8 | _VERDICT, 0, 0, self.number, body,
                                                           self._netlink.next_sequence()))

@@ -13,12 +13,13 @@ import select
 import socket
 import struct
 import time
+from dataclasses import dataclass
 
 from ..core.endpoint import Endpoint, Flow
 from ..core.restoreplan import InjectSegment
 from .syscalls import check, failing, libc
 
-FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
+FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 _SO_MARK, _SO_ATTACH_FILTER, _IPV6_HDRINCL = 36, 26, 36
 _ETH_P_IP, _ETH_P_IPV6 = 0x0800, 0x86DD
 _ETH_P_ALL = 3  # what a host sends itself is shown to taps of all protocols only (net/core/dev.c dev_queue_xmit_nit)
@@ -56,18 +57,35 @@ def build_segment(source: Endpoint, destination: Endpoint, *, sequence: int, ack
     return struct.pack(">IHBB", 6 << 28, length, socket.IPPROTO_TCP, 64) + pair + segment
 
 
-def extent(packet: bytes, ip_version: int) -> tuple[int, int]:
-    """(sequence number, how many numbers it takes) of a segment, by its headers; of anything else (0, 0). `packet`
-    may end behind the headers (RFC 791 3.1, RFC 8200 3, RFC 9293 3.1)."""
+@dataclass(frozen=True)
+class Segment:
+    """A segment by its headers. `length`: bytes of payload; `window`: as it stands in the header, unscaled."""
+
+    sequence: int
+    acknowledgement: int
+    flags: int
+    window: int
+    length: int
+
+
+def headers(packet: bytes, ip_version: int) -> Segment | None:
+    """None for what is no whole header (RFC 791 3.1, RFC 8200 3, RFC 9293 3.1). `packet` may end behind the headers."""
     if ip_version == 4:
         begin, end = (packet[0] & 15) * 4, int.from_bytes(packet[2:4], "big")
     else:
         begin, end = 40, 40 + int.from_bytes(packet[4:6], "big")
-    if packet[9 if ip_version == 4 else 6] != socket.IPPROTO_TCP or len(packet) < begin + 20:
+    if len(packet) < begin + 20 or packet[9 if ip_version == 4 else 6] != socket.IPPROTO_TCP:
+        return None
+    sequence, acknowledgement, offset, flags, window = struct.unpack_from(">IIBBH", packet, begin + 4)
+    return Segment(sequence, acknowledgement, flags, window, end - begin - (offset >> 4) * 4)
+
+
+def extent(packet: bytes, ip_version: int) -> tuple[int, int]:
+    """(sequence number, how many numbers it takes) of a segment, by its headers; of anything else (0, 0)."""
+    segment = headers(packet, ip_version)
+    if segment is None:
         return 0, 0
-    flags = packet[begin + 13]
-    length = end - begin - (packet[begin + 12] >> 4) * 4
-    return int.from_bytes(packet[begin + 4:begin + 8], "big"), length + bool(flags & SYN) + bool(flags & FIN)
+    return segment.sequence, segment.length + bool(segment.flags & SYN) + bool(segment.flags & FIN)
 
 
 class Injector:
@@ -102,10 +120,11 @@ class Injector:
         with contextlib.suppress(OSError):  # EPERM is what a rule drops; without the knock the hold ends all the same
             self._socket.sendto(packet, (str(flow.local.address), 0))
 
-    def deliver_bare(self, flow: Flow, flags: int, sequence: int, acknowledgement: int = 0) -> None:
-        """A segment without data or options, from the peer."""
+    def deliver_bare(self, flow: Flow, flags: int, sequence: int, acknowledgement: int = 0,
+                     payload: bytes = b"") -> None:
+        """A segment without options, from the peer."""
         self._send(flow, build_segment(flow.peer, flow.local, sequence=sequence, acknowledgement=acknowledgement,
-                                       flags=flags, window=65535))
+                                       flags=flags, window=65535, payload=payload))
 
     def _send(self, flow: Flow, packet: bytes) -> None:
         with failing("send of a made segment"):

@@ -39,12 +39,13 @@ _UNOWNED = (1 << TcpState.TIME_WAIT) | (1 << TcpState.SYN_RECV) | (1 << TcpState
 @dataclass(frozen=True)
 class Entry:
     """A connection's socket. `inode` is 0 while no program has it: it waits for accept, or its program has closed it.
-    `unacknowledged`: bytes in its send queue; `cookie` as of SO_COOKIE."""
+    `unread`, `unacknowledged`: bytes in its queues (the peer's FIN counts as one); `cookie` as of SO_COOKIE."""
 
     state: TcpState
     inode: int
     unacknowledged: int
     cookie: int
+    unread: int
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,8 @@ def entry_of(flow: Flow) -> Entry | None:
     for body in _ask(request, 0):
         state = TcpState(body[1])
         cookie, = struct.unpack_from("=Q", body, 44)
-        outgoing, _uid, inode = struct.unpack_from("=III", body, 60)
-        return None if state is TcpState.LISTEN else Entry(state, inode, outgoing, cookie)
+        unread, outgoing, _uid, inode = struct.unpack_from("=IIII", body, 56)
+        return None if state is TcpState.LISTEN else Entry(state, inode, outgoing, cookie, unread)
     return None
 
 

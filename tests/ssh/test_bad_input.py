@@ -210,7 +210,11 @@ def test_usage(by: Bystanders, argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize("options", [["--when", "tuesday"], ["--when", "idle:"], ["--max-stall", "0"],
-                                     ["--app-state", "/no/file"], ["--redirect", "pigeon"], ["--into", "teapot"],
+                                     ["--app-state", "/no/file"], ["--prologue", "/no/file"],
+                                     ["--prologue", "/dev/zero"], ["--prologue", "-", "--app-state", "-"],
+                                     ["--prologue", "/dev/null", "--into", "pid:1:1"],
+                                     ["--prologue", "/dev/null", "--into", "receiver"],
+                                     ["--redirect", "pigeon"], ["--into", "teapot"],
                                      ["--into", "receiver:"], ["--into", "auto:x"], ["--into", ""],
                                      ["--via", "banana"], ["--via", ""]], ids=" ".join)
 def test_usage_of_pass(by: Bystanders, options: list[str]) -> None:

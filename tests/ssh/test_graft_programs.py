@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from redises import ask, received, redis
 from world import PORT, World, world
 
 pytestmark = pytest.mark.root
@@ -35,12 +36,6 @@ def finish(here: World, peer: socket.socket, passes: int | None = None) -> None:
     assert here.release() == []
 
 
-def received(peer: socket.socket) -> bytes:
-    data = peer.recv(65536)
-    assert data, "end of stream"
-    return data
-
-
 def peer_address(here: World) -> str:
     assert here.flow is not None
     return str(here.flow.peer.address)
@@ -50,23 +45,6 @@ def name_of(sock: socket.socket) -> str:
     """As Redis writes it."""
     address, port = sock.getsockname()[:2]
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def redis(directory: Path, name: str) -> list[str]:
-    data = directory / name
-    data.mkdir()
-    return ["redis-server", "--port", str(PORT), "--bind", "0.0.0.0", "::", "--protected-mode", "no", "--save", "",
-            "--dir", str(data), "--daemonize", "no"]
-
-
-def ask(peer: socket.socket, *words: str) -> str:
-    """One Redis command, and its whole answer (RESP: a line, or a length and that many bytes)."""
-    peer.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word.encode()) for word in words))
-    got = b""
-    while b"\r\n" not in got or (got[:1] == b"$" and len(got) < len(got.split(b"\r\n")[0]) + 4
-                                 + int(got.split(b"\r\n")[0][1:])):
-        got += received(peer)
-    return got.decode().rstrip()
 
 
 def run_id(peer: socket.socket) -> str:
