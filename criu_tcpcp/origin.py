@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from . import apps, redirect
-from .core import tcp
+from .core import tcp, tls
 from .core.endpoint import Flow, IPAddress
 from .core.errors import KernelError, LinkError, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, Event, OriginState
@@ -77,6 +77,7 @@ _QUIESCE_TIMEOUT_S = 5.0
 _BELOW_EMPTY_TIMEOUT_S = 0.2
 _PROBE_TIMEOUT_S = 0.05
 _RETRY_PAUSE_S = 0.5
+_PEEK = 1 << 15  # bytes; more than any TLS record has
 _SHORTEST_ATTEMPT_S = 1.0
 _URGENT = frozenset({OriginState.PREPARING, OriginState.PREPARED, OriginState.OFFERING, OriginState.OFFERED,
                      OriginState.COMMITTED})
@@ -86,6 +87,7 @@ _VARYING = frozenset({"SO_RCVBUF", "SO_SNDBUF"})  # tuned by the kernel all the 
 @dataclass(frozen=True)
 class Options:
     """What a pass was asked for. `idle_ms`: how long to look for a quiet instant; None takes any (`--when now`).
+    `tls_anyway`: pass what looks like TLS to a program that cannot have its keys, too.
     `settle_s`: how long to ask the destination again before a pass is left in doubt. `doubt_limit_s`: how long after
     the offer the process may stand still in doubt; then it runs again without the connection."""
 
@@ -96,6 +98,7 @@ class Options:
     max_stall_ms: int = 500
     app_state: bytes = field(default=b"", repr=False)
     prologue: bytes | None = field(default=None, repr=False)
+    tls_anyway: bool = False
     origin_sees: str = "reset"
     settle_s: float = 10.0
     doubt_limit_s: float = 5.0
@@ -185,9 +188,19 @@ class Origin:
         if not isinstance(answer, Staged) or answer.pass_id != self.journal.pass_id:
             raise ProtocolError("the destination answered out of turn")
         self.staged = answer
+        self._refuse_tls(tcpinfo.first_unread(self._sock, _PEEK))
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
         self._redirect = redirect.origin_half(self.plan)
         self._redirect.stage(self._need(self._rules), self.flow)
+
+    def _refuse_tls(self, *queues: bytes) -> None:
+        """Refused where one holds TLS and the program at the destination cannot go on with it."""
+        if self._need(self.staged).knows or self.options.tls_anyway:
+            return
+        if any(map(tls.has_records, queues)):
+            raise Refused("there are TLS records in the connection's queues, and their keys stay with process "
+                          f"{self.identity.pid}: an unmodified program cannot read them",
+                          hint="--into receiver[:PATH] for an application that takes the session over, or --tls-anyway")
 
     def _stage_here(self) -> None:
         """What this host needs, whatever the destination answers."""
@@ -351,7 +364,7 @@ class Origin:
             tracee = Tracee(self.identity.pid)
             tracee.stop(self.options.max_stall_ms / 1000)
             self._tracee = tracee
-            busy = tracee.busy_thread() if idle_ms is not None else None
+            busy = (tracee.busy_thread() or self._unanswered()) if idle_ms is not None else None
             if busy is None:
                 break
             tracee.resume()
@@ -363,6 +376,15 @@ class Origin:
         self._borrow().close()  # nothing became something else before the stop
         if self._sock is not None and tcpinfo.has_urgent_data(self._sock):
             raise Refused("urgent data is waiting, which cannot be carried")
+
+    def _unanswered(self) -> str | None:
+        """Why another program could not go on here: this one has read something, and has sent nothing since. The
+        kernel's clock for that has ticks of 1 to 10 ms (CONFIG_HZ); within one tick, an answer is believed."""
+        if self._need(self.staged).knows:
+            return None
+        info = tcpinfo.read(self._need(self._sock))
+        owes = info.last_data_recv_ms < info.last_data_sent_ms or not info.data_segments_out
+        return "what the peer said last is not answered" if owes and info.data_segments_in else None
 
     def _hold_packets(self) -> None:
         self.touched = True
@@ -383,6 +405,7 @@ class Origin:
             nonblocking = not os.get_blocking(sock.fileno())
         self._state = repair.read_state(sock, self._socket_options, nonblocking, self._ts_recent,
                                         stamps[0] if stamps is not None else None)
+        self._refuse_tls(self._state.received, self._state.outgoing)
         self._extracted_at_ms = _now_ms()
         self._sequences = (self._state.rcv_nxt, self._state.write_seq)
         self._image = encode(self._state, self._connection.inode)

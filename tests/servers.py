@@ -239,7 +239,29 @@ def leaving(listener: socket.socket) -> None:
         served.sock.close()
 
 
-MODELS |= {"shut": shut, "greet": greet, "idle": idle, "stepping-out": stepping_out, "deaf": deaf,
+def late(listener: socket.socket) -> None:
+    """Reads lines in pieces, and answers one only when another client has said "go"."""
+    go = threading.Event()
+
+    def serve(served: Served) -> None:
+        line = b""
+        while piece := served.sock.recv(3):
+            say("read", text=piece.decode())
+            line += piece
+            if line == b"go\n":
+                go.set()
+            elif line.endswith(b"\n"):
+                go.wait()
+                go.clear()
+                served.sock.sendall(line)
+                line = b""
+        say("end")
+        served.sock.close()
+    while True:
+        threading.Thread(target=serve, args=(Served(*listener.accept()),), daemon=True).start()
+
+
+MODELS |= {"late": late, "shut": shut, "greet": greet, "idle": idle, "stepping-out": stepping_out, "deaf": deaf,
            "talkative": talkative, "leaving": leaving}
 
 

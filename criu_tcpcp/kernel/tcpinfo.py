@@ -20,12 +20,16 @@ _SIOCOUTQNSD = 0x894B  # linux/sockios.h
 _SO_COOKIE, _SO_MEMINFO = 57, 55
 _SK_MEMINFO_WMEM_ALLOC = 2  # linux/sock_diag.h
 
+_SO_PEEK_OFF = 42
+
 _HEAD = struct.Struct("=8B24I")
+_DATA_SEGMENTS = struct.Struct("=48x2I")  # behind it: tcpi_data_segs_in, _out (Linux 4.6)
 
 
 @dataclass(frozen=True)
 class TcpInfo:
-    """The fields we use; times in microseconds unless named otherwise."""
+    """The fields we use; times in microseconds unless named otherwise. Data segments count from when this host has the
+    connection."""
 
     state: TcpState
     options: int
@@ -41,19 +45,23 @@ class TcpInfo:
     snd_ssthresh: int
     snd_cwnd: int
     total_retrans: int
+    data_segments_in: int
+    data_segments_out: int
 
 
 def read(sock: socket.socket) -> TcpInfo:
     with failing("getsockopt(TCP_INFO)"):
         data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    if len(data) < _HEAD.size:
+    if len(data) < _HEAD.size + _DATA_SEGMENTS.size:
         raise KernelError("getsockopt(TCP_INFO)", 0, "the kernel's answer is too short")
     fields = _HEAD.unpack_from(data)
+    segments_in, segments_out = _DATA_SEGMENTS.unpack_from(data, _HEAD.size)
     scales, words = fields[6], fields[8:]
     return TcpInfo(state=TcpState(fields[0]), options=fields[5], snd_wscale=scales & 15, rcv_wscale=scales >> 4,
                    rto_us=words[0], snd_mss=words[2], unacked=words[4], last_data_sent_ms=words[9],
                    last_data_recv_ms=words[11], rtt_us=words[15], rttvar_us=words[16], snd_ssthresh=words[17],
-                   snd_cwnd=words[18], total_retrans=words[23])
+                   snd_cwnd=words[18], total_retrans=words[23],
+                   data_segments_in=segments_in, data_segments_out=segments_out)
 
 
 def _ioctl(sock: socket.socket, name: str, request: int) -> int:
@@ -74,6 +82,20 @@ def unacknowledged_bytes(sock: socket.socket) -> int:
 def unsent_bytes(sock: socket.socket) -> int:
     """write_seq - snd_nxt."""
     return _ioctl(sock, "ioctl(SIOCOUTQNSD)", _SIOCOUTQNSD)
+
+
+def first_unread(sock: socket.socket, count: int) -> bytes:
+    """The first bytes of the receive queue, which stay there. b"" where there are none, or the program has a mark of
+    its own for looking at them (SO_PEEK_OFF), which would move."""
+    with failing("getsockopt(SO_PEEK_OFF)"):
+        if sock.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF) != -1:
+            return b""
+    if not unread_bytes(sock):  # a look at an empty queue would take away an error that is the program's to read
+        return b""
+    try:
+        return sock.recv(count, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:  # the program has read it since
+        return b""
 
 
 def cookie(sock: socket.socket) -> int:
