@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from attempt import exchange
+from attempt import Attempt, conversation, exchange
 from criu_tcpcp.lab import Host
 from grafting import SEEN, finish, served, server
 from redises import ask, received, redis
 from waiting import until
-from world import PORT, World, world
+from world import COMMAND, PORT, World, world
 
 pytestmark = pytest.mark.root
 
@@ -130,6 +130,39 @@ def test_an_empty_prologue_takes_the_greeting_away(tmp_path: Path) -> None:
         here.pass_once("--prologue", str(path), *SEEN)
         exchange(peer, b"and no second welcome")
         finish(here, peer)
+
+
+def test_it_is_kept_no_longer_than_an_interrupted_activation_may_need_it(tmp_path: Path) -> None:
+    path = tmp_path / "prologue"
+    path.write_bytes(b"a password")
+
+    def kept(here: World) -> list[Path]:
+        return [one for one in here.lab.destination.run_dir.rglob("*") if one.is_file() and b"word" in one.read_bytes()]
+
+    with served(server("threads", "0.0.0.0"), server("epoll-et", "0.0.0.0")) as (here, peer):
+        attempt = Attempt(here, "destination:activate", "--prologue", str(path), *SEEN)
+        assert len(kept(here)) == 1
+        attempt.kill("serve")
+        report = attempt.outcome()
+        assert report is not None
+        here.owner.run([COMMAND, "resolve", "--json"], check=False)
+        assert report["owner"] == "destination", report
+        assert kept(here) == []
+        here.owner = here.lab.destination
+        exchange(peer, b"after")
+        ends(here, peer, passes=1)
+
+
+def test_a_receiver_takes_none(tmp_path: Path) -> None:
+    path = tmp_path / "prologue"
+    path.write_bytes(b"hello")
+    with conversation(register=False) as (here, peer):
+        done = here.owner.run(here.pass_argv("--prologue", str(path)), check=False)
+        report = json.loads(done.stdout)
+        assert (report["owner"], report["exit"]) == ("origin", 3), report
+        assert "a receiver takes no prologue" in report["error"]
+        exchange(peer, b"after")
+        ends(here, peer, passes=0)
 
 
 REFUSALS = {"deaf": "has not read all of the prologue within 3 s",
