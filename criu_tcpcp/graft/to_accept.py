@@ -30,7 +30,7 @@ from .throwaway import Forged, Ordinary, ThrowAway, source_towards, undeferred
 _ACCEPT_TIMEOUT_S = 2.0
 _OTHERS_STAND_S = 0.3
 _MOMENT_S = 0.25
-_PROLOGUE_TIMEOUT_S = 3.0
+_PROLOGUE_TIMEOUT_S = 5.0
 _REST_S, _SILENT_S = 0.05, 0.25  # without a word after an answer, and where nothing was answered at all
 _LOOK_EVERY_S = 0.002
 _QUIET_LOOKS = 4

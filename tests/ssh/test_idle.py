@@ -82,7 +82,7 @@ def test_a_request_that_is_half_read_or_not_answered_yet_stays() -> None:
         refused(here, "what the peer said last is not answered", "--when", "idle:1")
         go(here)
         answer(peer, b"hello\n")
-        here.pass_once(*SEEN)
+        here.pass_once(*SEEN, "--when", "idle:20000", "--max-stall", "10000")
         exchange(peer, b"there")
         finish(here, peer)
 
@@ -91,8 +91,8 @@ def test_it_waits_for_the_answer() -> None:
     with served(server("late", "0.0.0.0")) as (here, peer):
         peer.sendall(b"hello\n")
         until(lambda: said(here) == "hello\n", "the request to be read")
-        passing = here.owner.spawn(here.pass_argv("--when", "idle:60000", *SEEN), stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+        passing = here.owner.spawn(here.pass_argv("--when", "idle:60000", "--max-stall", "10000", *SEEN),
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         journal = here.lab.origin.run_dir / "passes"
         until(lambda: any('"intent"' in one.read_text() for one in journal.glob("*.origin/log")),
               "the pass to look for its instant", every_s=0.01)
@@ -181,7 +181,7 @@ def test_tls_records_in_the_receive_queue(certificate: Path, into: str) -> None:
             refused(here, "TLS records", "--into", "auto" if into == "auto" else f"pid:{there}:{serving['fd']}")
             other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         if into == "auto":
-            here.pass_once("--when", "now", "--tls-anyway", *SEEN)
+            here.pass_once("--when", "now", "--max-stall", "10000", "--tls-anyway", *SEEN)
             answer(peer, records)  # told to, it goes: to a server that sends it back as it is
             finish_after(here, peer)
         else:
