@@ -261,8 +261,19 @@ def late(listener: socket.socket) -> None:
         threading.Thread(target=serve, args=(Served(*listener.accept()),), daemon=True).start()
 
 
-MODELS |= {"late": late, "shut": shut, "greet": greet, "idle": idle, "stepping-out": stepping_out, "deaf": deaf,
-           "talkative": talkative, "leaving": leaving}
+def told(listener: socket.socket) -> None:
+    """A client may name a descriptor ("serve 7"), which is then served as any other connection."""
+    while True:
+        with listener.accept()[0] as client:
+            words = client.recv(_CHUNK).split()
+            if words[:1] == [b"serve"]:
+                sock = socket.socket(fileno=int(words[1]))
+                threading.Thread(target=Served(sock, sock.getpeername()).all_of_it, daemon=True).start()
+            client.sendall(b"yes")
+
+
+MODELS |= {"late": late, "shut": shut, "greet": greet, "told": told, "idle": idle, "stepping-out": stepping_out,
+           "deaf": deaf, "talkative": talkative, "leaving": leaving}
 
 
 def listen(arguments: argparse.Namespace) -> socket.socket:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", required=True, metavar="[USER@]HOST[:PORT]", help="the destination")
     parser.add_argument("--into", default="auto", metavar="WAY",
                         help="who takes the connection there: auto, receiver[:PATH], accept:PID, listen:PORT or "
-                             "pid:PID:FD (default: %(default)s)")
+                             "pid:PID[:FD] (default: %(default)s)")
     parser.add_argument("--redirect", default="auto", choices=["auto", "none", "forward"],
                         help="how later packets get there (default: %(default)s)")
     parser.add_argument("--via", metavar="ADDRESS", help="the destination's address for packets (default: as SSH)")

@@ -82,15 +82,15 @@ def check_name(into: str) -> None:
     kind, colon, rest = into.partition(":")
     numbers = [part.isascii() and part.isdigit() and len(part) < 10 for part in rest.split(":")]
     known = {"auto": not colon, "receiver": bool(rest) == bool(colon), "accept": numbers == [True],
-             "listen": numbers == [True] and 0 < int(rest) < 65536, "pid": numbers == [True, True]}
+             "listen": numbers == [True] and 0 < int(rest) < 65536, "pid": numbers in ([True], [True, True])}
     if not known.get(kind, False):
         raise UsageError(f"--into {into[:80]}: not a way in that this version knows",
-                         hint="auto, receiver[:PATH], accept:PID, listen:PORT or pid:PID:FD")
+                         hint="auto, receiver[:PATH], accept:PID, listen:PORT or pid:PID[:FD]")
 
 
 def find(into: str, flow: Flow) -> Graft:
     """The way that `--into` names. Refused says what is missing and what could be done; nothing is touched."""
-    from . import to_accept, to_descriptor, to_receiver
+    from . import to_accept, to_descriptor, to_new_descriptor, to_receiver
     check_name(into)
     kind, _, rest = into.partition(":")
     if kind == "receiver":
@@ -100,7 +100,9 @@ def find(into: str, flow: Flow) -> Graft:
     if kind == "listen":
         return to_accept.at_port(int(rest), flow)
     if kind == "pid":
-        pid, _, descriptor = rest.partition(":")
+        pid, colon, descriptor = rest.partition(":")
+        if not colon:
+            return to_new_descriptor.of_process(int(pid))
         return to_descriptor.at(int(pid), int(descriptor), flow)
     port = flow.local.port
     found = to_receiver.try_port(port)

@@ -1,5 +1,6 @@
 """A TCP socket that a running program has becomes the connection where it is: descriptor number, epoll registrations,
-options, owner and limits are the program's own, and nothing is written into its memory or run in it.
+options, owner and limits are the program's own, and nothing is written into its memory or run in it. (How it comes to
+have one is another matter: to_accept.py, to_new_descriptor.py.)
 
     stop      all threads of the program (kernel/tracee.py): it sees nothing of what follows
     empty     in repair, connect(AF_UNSPEC): the socket has no connection any more, and nothing was sent. This also puts
@@ -26,7 +27,7 @@ from ..core.endpoint import Flow
 from ..core.errors import KernelError, LinkError, Refused
 from ..core.tcp import TcpState
 from ..journal import Journal
-from ..kernel import netns, process, repair, sockopt, syscalls, tcpinfo
+from ..kernel import injection, netns, process, repair, sockopt, syscalls, tcpinfo
 from ..kernel.process import Identity
 from ..kernel.tracee import Tracee
 from . import Ground, Reclaimed, Vessel
@@ -64,8 +65,11 @@ class ProgramSocket:
     is another. A copy of it (`sock`) is held only while the program stands still: else its close would not be the last
     one, nothing would be sent, and its epoll instances would go on telling of it."""
 
-    def __init__(self, program: Identity, descriptor: int, inode: int, cookie: int) -> None:
+    def __init__(self, program: Identity, descriptor: int, inode: int, cookie: int, *,
+                 is_injected: bool = False) -> None:
+        """`is_injected`: the program had to make it for us, and does not know it (to_new_descriptor.py)."""
         self.program, self.descriptor, self.inode, self.cookie = program, descriptor, inode, cookie
+        self.is_injected = is_injected
         self.was_left_stopped = False  # by the `brace` of a serve that was killed
         self.is_emptied = False
         self._sock: socket.socket | None = None
@@ -88,6 +92,7 @@ class ProgramSocket:
             return None
         found = cls.of_inode(taken["taker"][0], taken["inode"], taken["cookie"])
         if found is not None:
+            found.is_injected = taken.get("injected", False)
             found._journal = journal
             found.was_left_stopped = (journal.field(BRACED) is not None
                                       and process.run_state(found.program.pid) == "T")
@@ -97,7 +102,8 @@ class ProgramSocket:
         """So that whoever comes later finds it again."""
         self._journal = journal
         journal.reserve(ALIVE_MARK)
-        journal.write(TAKEN, taker=self.program.to_json(), inode=self.inode, cookie=self.cookie)
+        journal.write(TAKEN, taker=self.program.to_json(), inode=self.inode, cookie=self.cookie,
+                      injected=self.is_injected)
 
     # -- the program stands still --------------------------------------------------------------------------------------
 
@@ -110,14 +116,20 @@ class ProgramSocket:
     def take(self) -> None:
         """Stop the program and copy the socket. Refused where it cannot be stopped in time, or has closed it; then it
         runs."""
-        tracee = Tracee(self.program.pid)
-        tracee.stop(STOP_TIMEOUT_S)
+        tracee = self._stop()
         try:
             self._sock = self._borrow()
         except BaseException:
             tracee.resume()
             raise
         self._tracee = tracee
+
+    def _stop(self) -> Tracee:
+        if self.is_injected:  # then it can be taken out again
+            return injection.stop(self.program.pid, STOP_TIMEOUT_S)
+        tracee = Tracee(self.program.pid)
+        tracee.stop(STOP_TIMEOUT_S)
+        return tracee
 
     def _borrow(self) -> socket.socket:
         if not process.is_alive(self.program):
@@ -166,7 +178,7 @@ class ProgramSocket:
 
     def end(self, *, unless_untouched: bool = False) -> None:
         """The program reads an end of stream; the peer, whoever it was, hears nothing. A program that has closed it
-        needs nothing. `unless_untouched`: what is as the program made it stays so."""
+        needs nothing. `unless_untouched`: what is as the program made it stays so. One that is injected is closed."""
         with contextlib.suppress(Closed):
             try:
                 if self._sock is None:
@@ -177,8 +189,15 @@ class ProgramSocket:
                 if not unless_untouched or repair.is_in_repair(self.sock) \
                         or tcpinfo.read(self.sock).state is TcpState.CLOSE:
                     repair.end_as_eof(self.sock)
+                    self._take_out()
             finally:
                 self.resume()
+
+    def _take_out(self) -> None:
+        """The program closes what it has made for us. Where it cannot, a descriptor stays that leads nowhere."""
+        if self.is_injected and self._tracee is not None:
+            with contextlib.suppress(Refused, KernelError):
+                injection.close(self._tracee, self.descriptor)
 
 
 def first_of(pids: Iterable[int], inode: int, cookie: int) -> ProgramSocket | None:
@@ -214,7 +233,8 @@ class IntoProgram:
         taken.take()
         sockopt.read_all(taken.sock)
         taken.resume()
-        taken.record(journal)
+        if not taken.is_injected:  # which was recorded before the program had it
+            taken.record(journal)
         self._taken, self.taker = taken, taken.program
 
     def _need(self) -> ProgramSocket:

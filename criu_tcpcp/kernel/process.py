@@ -69,6 +69,26 @@ def tracer_of(pid: int, tid: int | None = None) -> int:
     return 0
 
 
+def status_lines(pid: int) -> list[str]:
+    """/proc/PID/status; nothing of a process that has gone."""
+    try:
+        with open(f"/proc/{pid}/status", errors="replace") as status:
+            return status.read().splitlines()
+    except OSError:
+        return []
+
+
+def mapping(pid: int, name: str) -> tuple[int, int]:
+    """Begin and end of the first mapping of this name in the process's memory; (0, 0) where it has none."""
+    with failing(f"read /proc/{pid}/maps"), open(f"/proc/{pid}/maps", errors="replace") as maps:
+        for line in maps:
+            words = line.split(maxsplit=5)
+            if words[-1].strip() == name and len(words) == 6:
+                begin, _, end = words[0].partition("-")
+                return int(begin, 16), int(end, 16)
+    return 0, 0
+
+
 def is_32_bit(pid: int) -> bool:
     """Its program is a 32-bit one (elf(5), EI_CLASS)."""
     try:

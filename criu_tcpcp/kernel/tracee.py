@@ -28,8 +28,8 @@ libc.ptrace.restype = ctypes.c_long
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
 # linux/ptrace.h
-_CONT, _DETACH, _GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT = 7, 17, 0x4204, 0x4205, 0x4206, 0x4207
-_O_TRACECLONE = 0x8
+_CONT, _DETACH, _SYSCALL, _GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT = 7, 17, 24, 0x4204, 0x4205, 0x4206, 0x4207
+_O_TRACESYSGOOD, _O_TRACECLONE = 0x1, 0x8
 _EVENT_CLONE, _EVENT_STOP = 3, 128
 _NT_PRSTATUS, _NT_ARM_SYSTEM_CALL = 1, 0x404
 _WALL = 0x40000000
@@ -59,7 +59,7 @@ _ERESTARTSYS, _ERESTARTNOINTR, _ERESTARTNOHAND, _ERESTART_RESTARTBLOCK = 512, 51
 _INTERRUPTED = frozenset({-_ERESTARTSYS, -_ERESTARTNOINTR, -_ERESTARTNOHAND, -_ERESTART_RESTARTBLOCK, -errno.EINTR})
 
 
-def _ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> None:
+def ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> None:
     check("ptrace", libc.ptrace(request, tid, address, data))
 
 
@@ -103,9 +103,9 @@ class Tracee:
     def _seize(self, tid: int) -> bool:
         """False where the thread has ended (a main thread stays in the list as long as there are others)."""
         try:
-            _ptrace(_SEIZE, tid, 0, _O_TRACECLONE)
+            ptrace(_SEIZE, tid, 0, _O_TRACECLONE | _O_TRACESYSGOOD)
             with contextlib.suppress(KernelError):  # it ended since, which it reports
-                _ptrace(_INTERRUPT, tid)
+                ptrace(_INTERRUPT, tid)
         except KernelError as error:
             if error.errno == errno.ESRCH or process.has_ended(self.pid, tid):
                 return False
@@ -158,8 +158,8 @@ class Tracee:
         try:
             # It goes on behind a clone, or with a signal that was on its way to the program, and stops right after: any
             # other stop has taken the pending one away (kernel/signal.c, ptrace_stop), so it is asked for again.
-            _ptrace(_INTERRUPT, tid)
-            _ptrace(_CONT, tid, 0, 0 if event == _EVENT_CLONE else stop_signal)
+            ptrace(_INTERRUPT, tid)
+            ptrace(_CONT, tid, 0, 0 if event == _EVENT_CLONE else stop_signal)
         except KernelError as error:
             if error.errno != errno.ESRCH:  # killed since: its end is reported
                 raise
@@ -180,7 +180,7 @@ class Tracee:
         data = bytearray(size)
         buffer = (ctypes.c_char * size).from_buffer(data)
         vector = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), size)
-        _ptrace(_GETREGSET, tid, kind, ctypes.addressof(vector))
+        ptrace(_GETREGSET, tid, kind, ctypes.addressof(vector))
         del buffer
         if vector[1] != size:
             raise Refused(f"process {self.pid} is not a {platform.machine()} process (32-bit?)")
@@ -203,11 +203,75 @@ class Tracee:
         number, result = self._syscall(tid)
         if result != -errno.EINTR or number not in machine.epoll_waits:
             return
-        registers = self._registers(tid, _NT_PRSTATUS, machine.words * 8)
+        registers = self.registers(tid)
         struct.pack_into("=q", registers, machine.result * 8, -_ERESTARTNOHAND)
+        self.set_registers(tid, registers)
+
+    # -- for what makes one stopped thread do something (injection.py) -------------------------------------------------
+
+    @property
+    def is_pinned(self) -> bool:
+        return self._pinned
+
+    def threads(self) -> list[int]:
+        """The stopped ones, the main thread first."""
+        tids = [tid for tid, stopped in self._threads.items() if stopped]
+        return sorted(tids, key=lambda tid: (tid != self.pid, tid))
+
+    def registers(self, tid: int) -> bytearray:
+        """NT_PRSTATUS of a stopped thread (asm/user_64.h, struct user_regs_struct, on x86_64)."""
+        return self._registers(tid, _NT_PRSTATUS, self._machine.words * 8)
+
+    def set_registers(self, tid: int, registers: bytearray) -> None:
         buffer = (ctypes.c_char * len(registers)).from_buffer(registers)
         vector = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), len(registers))
-        _ptrace(_SETREGSET, tid, _NT_PRSTATUS, ctypes.addressof(vector))
+        ptrace(_SETREGSET, tid, _NT_PRSTATUS, ctypes.addressof(vector))
+
+    def run_to_syscall(self, tid: int, deadline: float) -> int | None:
+        """Let one stopped thread run to its next entry into a system call, or to the end of one; None there, else the
+        signal that came first, which was not delivered. It is stopped in both cases. Refused where it does not stop in
+        time, or ends: then `resume` deals with it."""
+        deliver = 0
+        while True:
+            self._threads[tid] = False
+            ptrace(_SYSCALL, tid, 0, deliver)
+            status = self._status(tid, deadline)
+            event, stop_signal = status >> 16, os.WSTOPSIG(status)
+            if event == 0 and stop_signal != signal.SIGSTOP:
+                return None if stop_signal == signal.SIGTRAP | 0x80 else stop_signal
+            deliver = stop_signal if event == 0 else 0  # the thread runs on all the same, and stops when it is let go
+
+    def stop_again(self, tid: int, deadline: float) -> None:
+        """From the stop in which `run_to_syscall` left the thread, to one before its next instruction, behind which the
+        kernel looks for a system call to restart and for signals to deliver."""
+        deliver = 0
+        while True:
+            self._threads[tid] = False
+            ptrace(_INTERRUPT, tid)
+            ptrace(_CONT, tid, 0, deliver)
+            status = self._status(tid, deadline)
+            if status >> 16 == _EVENT_STOP:
+                return
+            deliver = 0 if status >> 16 else os.WSTOPSIG(status)
+
+    def _status(self, tid: int, deadline: float) -> int:
+        spins = 0
+        while True:
+            try:
+                reported, status = os.waitpid(tid, os.WNOHANG | _WALL)
+            except ChildProcessError:
+                reported, status = tid, 0
+            if reported and not os.WIFSTOPPED(status):
+                self._threads.pop(tid, None)
+                raise Refused(f"process {self.pid} has exited")
+            if reported:
+                self._threads[tid] = True
+                return status
+            if time.monotonic() > deadline:
+                raise Refused(f"thread {tid} of process {self.pid} does not end a system call in time")
+            spins += 1
+            if spins > _SPINS:
+                time.sleep(_PAUSE_S)
 
     def pin(self) -> None:
         """From here on the process stays stopped when its tracer dies (state T): rollback by the kernel alone ends."""
@@ -239,7 +303,7 @@ class Tracee:
     def _detach(self, tid: int) -> None:
         try:
             self._restart_epoll_wait(tid)
-            _ptrace(_DETACH, tid)
+            ptrace(_DETACH, tid)
         except KernelError as error:
             if error.errno != errno.ESRCH:
                 raise
@@ -263,7 +327,7 @@ class Tracee:
         that come before it are delivered; the thread does not reach its own code in between."""
         try:
             self._restart_epoll_wait(tid)
-            _ptrace(_CONT, tid)
+            ptrace(_CONT, tid)
             deadline, spins = time.monotonic() + 1, 0
             while time.monotonic() < deadline:
                 reported, status = os.waitpid(tid, os.WNOHANG | _WALL)
@@ -276,9 +340,9 @@ class Tracee:
                     break
                 stop_signal = os.WSTOPSIG(status)
                 if stop_signal == signal.SIGSTOP and status >> 16 == 0:
-                    _ptrace(_DETACH, tid, 0, 0)
+                    ptrace(_DETACH, tid, 0, 0)
                     break
-                _ptrace(_CONT, tid, 0, 0 if status >> 16 else stop_signal)
+                ptrace(_CONT, tid, 0, 0 if status >> 16 else stop_signal)
         except (KernelError, ChildProcessError) as error:
             if isinstance(error, KernelError) and error.errno != errno.ESRCH:
                 raise

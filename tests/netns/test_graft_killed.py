@@ -19,19 +19,22 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("model", "times", "prologue"), [
-    ("threads", 24, ()), ("threads", 12, ("hello",)), pytest.param("threads", 300, (), marks=pytest.mark.long),
-    pytest.param("threads", 200, ("hello",), marks=pytest.mark.long),
-    pytest.param("epoll-et", 100, (), marks=pytest.mark.long),
-    pytest.param("prefork", 100, (), marks=pytest.mark.long)])
-def test_a_graft_can_be_killed_at_every_point(lab: Lab, model: str, times: int, prologue: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("model", "way", "times", "prologue"), [
+    ("threads", "accept", 24, ()), ("threads", "accept", 12, ("hello",)), ("threads", "pid", 24, ()),
+    pytest.param("threads", "accept", 300, (), marks=pytest.mark.long),
+    pytest.param("threads", "accept", 200, ("hello",), marks=pytest.mark.long),
+    pytest.param("epoll-et", "accept", 100, (), marks=pytest.mark.long),
+    pytest.param("prefork", "accept", 100, (), marks=pytest.mark.long),
+    pytest.param("epoll", "pid", 300, (), marks=pytest.mark.long)])
+def test_a_graft_can_be_killed_at_every_point(lab: Lab, model: str, way: str, times: int,
+                                              prologue: tuple[str, ...]) -> None:
     host = lab.destination
     server = Program(host, [sys.executable, str(TESTS / "servers.py"), model, "0.0.0.0", str(PORT)])
     pid = server.wait_for("listening")["pid"]
     if model == "prefork":
         pid = server.wait_for("worker", 2)["pid"]
     before = leftovers(host)
-    done = host.run([sys.executable, str(TESTS / "killed_graft.py"), f"accept:{pid}", str(pid), str(PORT), str(times),
+    done = host.run([sys.executable, str(TESTS / "killed_graft.py"), f"{way}:{pid}", str(pid), str(PORT), str(times),
                      *prologue],
                     check=False, timeout=800)
     assert done.returncode == 0, done.stderr

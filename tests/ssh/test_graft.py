@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from typing import NamedTuple
 import pytest
 
 from attempt import exchange
+from criu_tcpcp.kernel import process
 from criu_tcpcp.kernel.tracee import Tracee
-from criu_tcpcp.lab import Lab
+from criu_tcpcp.lab import Host, Lab
 from grafting import SEEN, accepted, finish, served, server
 from waiting import PATIENCE_S, until
 from world import PORT, World, world
@@ -121,6 +123,25 @@ def test_a_descriptor_that_the_program_has_becomes_the_connection(model: str) ->
         finish(here, peer)
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_descriptor_is_made_in_a_program_that_is_then_told_of_it(version: int) -> None:
+    """Until then what the peer says waits in the kernel, as it would for any program that is slow to read."""
+    with served(server("threads", "0.0.0.0" if version == 4 else "::"), server("told", "::"), version) as (here, peer):
+        destination, pid = here.lab.destination, here.nodes["destination"].wait_for("listening")["pid"]
+        numbers = set(process.descriptors(pid))
+        lowest = min(set(range(99)) - numbers)
+        report = here.pass_once("--into", f"pid:{pid}", *SEEN)
+        assert report["into"].endswith(f"descriptor {lowest}")
+        assert set(process.descriptors(pid)) == {*numbers, lowest}
+        peer.sendall(b"nobody is told yet")
+        with destination.enter(), socket.create_connection((str(destination.ipv4), PORT), timeout=20) as client:
+            client.sendall(b"serve %d" % lowest)
+            assert client.recv(10) == b"yes"
+        assert peer.recv(100) == b"nobody is told yet"
+        exchange(peer, b"there")
+        finish(here, peer)
+
+
 def set_linger(sock: socket.socket) -> None:
     """Its close is a reset: nobody is there to end it with."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -152,12 +173,23 @@ REFUSALS = {
     "no-descriptor": Refused("select", [], "pid:{pid}:999", "has no descriptor 999"),
     "no-socket": Refused("select", [], "pid:{pid}:1", "is not a socket but pipe:"),
     "listener": Refused("select", [], "pid:{pid}:3", "listens"),
+    "seccomp": Refused("select", [], "pid:{other}", "has a seccomp filter"),
+    "computes": Refused("select", [], "pid:{other}", "was in a system call within"),
     "marked": Refused("select", [], "accept:{pid}", "takes over the mark"),
     "elsewhere": Refused("select", [], "accept:{pid}", "is in another network namespace"),
 }
 
 
 URING_SERVER = Path(__file__).parents[1] / "uring_server.c"
+FILTERED = """if True:
+    import ctypes, os, struct, time
+    libc = ctypes.CDLL(None)
+    code = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0x7fff0000))  # return SECCOMP_RET_ALLOW
+    filter = ctypes.create_string_buffer(struct.pack("@HxxxxxxP", 1, ctypes.addressof(code)))
+    assert libc.prctl(38, 1, 0, 0, 0) == libc.prctl(22, 2, filter, 0, 0) == 0  # no new privileges; PR_SET_SECCOMP
+    print("ready", flush=True)
+    time.sleep(1000)"""
+COMPUTES = "print('ready', flush=True)\nwhile True: pass"
 PAUSES = "void _start(void) { for (;;) __asm__ volatile (\"int $0x80\" : : \"a\" (29)); }"  # pause of i386
 
 
@@ -196,7 +228,11 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_touched(case: str, tmp_pa
             argv = ["sleep", "1000"]
             if case == "32-bit":
                 argv = [compiled(tmp_path, PAUSES, "-m32", "-nostdlib", "-static")]
-            into = wanted.into.format(pid=pid, other=lab.destination.spawn(argv).pid)
+            if case == "seccomp":
+                argv = [sys.executable, "-c", FILTERED]
+            if case == "computes":
+                argv = [sys.executable, "-c", COMPUTES]
+            into = wanted.into.format(pid=pid, other=spawned(lab.destination, argv))
             done = lab.origin.run(here.pass_argv("--into", into), check=False)
             report = json.loads(done.stdout)
             assert (report["owner"], report["exit"], done.returncode) == ("origin", 3, 3), report
@@ -206,6 +242,15 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_touched(case: str, tmp_pa
             assert peer.recv(1) == b""
         here.prove(passes=0)
         assert here.release() == []
+
+
+def spawned(host: Host, argv: list[str]) -> int:
+    """Once it is ready, where it says so."""
+    program = host.spawn(argv, stdout=subprocess.PIPE)
+    if argv[0] == sys.executable:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"ready\n"
+    return int(program.pid)
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from criu_tcpcp.core.options import BUFFERS, BY_NAME, ON_THE_WIRE
 from criu_tcpcp.core.state import ConnectionState, fitted
 from states import plain, states
 
-WAYS = ["auto", "receiver", "receiver:/run/x", "receiver:a:b", "accept:42", "listen:1", "listen:65535", "pid:42:7"]
+WAYS = ["auto", "receiver", "receiver:/run/x", "receiver:a:b", "accept:42", "listen:1", "listen:65535", "pid:42:7",
+        "pid:42"]
 NO_WAYS = ["", "auto:", "receiver:", "accept", "accept:", "accept:x", "accept:-1", "accept:1:2", "listen:0",
-           "listen:65536", "listen:9000:1", "pid:42", "pid:42:", "pid::7", "pid:42:7:1", "pid:\u00b2:1",
+           "listen:65536", "listen:9000:1", "pid", "pid:", "pid:42:", "pid::7", "pid:42:7:1", "pid:\u00b2:1",
            "accept:9999999999"]
 
 
