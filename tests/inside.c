@@ -124,7 +124,7 @@ int main(int argc, char **argv) {
         what = "the time to sleep";
     printf("%s %ld %lu\n", what, number == SYS_getpid ? 0 : result, (unsigned long)signals);
     fflush(stdout);
-    while (read(0, &byte, 1) > 0)
-        ;
-    return 0;
+    for (;;)
+        if (read(0, &byte, 1) <= 0)
+            pause();
 }

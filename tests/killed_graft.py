@@ -37,6 +37,7 @@ from states import plain
 PEER = Endpoint(ipaddress.ip_address("10.77.1.2"), 45678)
 PATIENCE_S = 10.0
 LINES = ("graft/in_place.py", "graft/throwaway.py", "graft/to_descriptor.py", "graft/to_new_descriptor.py",
+         "graft/to_replaced.py", "graft/replacing.py",
          "kernel/injection.py")
 CALLS = ("kernel/repair.py", "kernel/tracee.py", "kernel/rawpacket.py", "kernel/interception.py", "kernel/rules.py",
          "graft/to_accept.py")
@@ -99,7 +100,7 @@ def serves(address: str, port: int) -> None:
 
 def one(into: str, pid: int, flow: Flow, at: int) -> int:
     """Returns the points that were passed; 0 where it was killed."""
-    before = sockets(pid)
+    before = links(pid)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -125,12 +126,12 @@ def one(into: str, pid: int, flow: Flow, at: int) -> int:
     if journal.all_journals():
         raise SystemExit(f"after point {at} a journal is left")
     serves(str(source_towards(PEER)), flow.local.port)
-    until(lambda: sockets(pid) == before, f"the program to have its own sockets only after point {at}: {sockets(pid)}")
+    until(lambda: links(pid) == before, f"the program to have its own descriptors only after point {at}: {links(pid)}")
     return points
 
 
-def sockets(pid: int) -> set[str]:
-    return {link for link in process.descriptors(pid).values() if link.startswith("socket:")}
+def links(pid: int) -> list[str]:
+    return sorted(process.descriptors(pid).values())
 
 
 def main() -> None:

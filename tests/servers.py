@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import queue
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -261,6 +263,36 @@ def late(listener: socket.socket) -> None:
         threading.Thread(target=serve, args=(Served(*listener.accept()),), daemon=True).start()
 
 
+def spare(listener: socket.socket, edge: int = 0) -> None:
+    """Accepts nobody, and serves a descriptor whose other end is silent, which waits in two epoll instances; one tells
+    of it as 5 << 40. The other end, and a copy of the descriptor's file, stay open."""
+    silent, spared = socket.socketpair()
+    spared.setblocking(False)
+    copy, number = spared.dup(), spared.fileno()
+    poller, other = select.epoll(), select.epoll()
+    other.register(spared, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+    libc = ctypes.CDLL(None)
+    libc.epoll_ctl(poller.fileno(), 1, number, struct.pack("=IQ", select.EPOLLIN | edge, 5 << 40))
+    say("spare", fd=number, epolls=[poller.fileno(), other.fileno()])
+    events = ctypes.create_string_buffer(12)
+    serving = True
+    while serving:
+        if libc.epoll_wait(poller.fileno(), events, 1, -1) != 1:
+            continue  # EINTR
+        assert struct.unpack("=IQ", events)[1] == 5 << 40
+        told_too = other.poll(0)
+        assert told_too == [(number, told_too[0][1])]
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(number, _CHUNK)
+            serving = bool(data)
+        os.write(number, data) if data else None
+    say("end")
+    os.close(number)
+    assert copy.fileno() != silent.fileno() != -1
+    threading.Event().wait()
+
+
 def told(listener: socket.socket) -> None:
     """A client may name a descriptor ("serve 7"), which is then served as any other connection."""
     while True:
@@ -274,6 +306,9 @@ def told(listener: socket.socket) -> None:
 
 MODELS |= {"late": late, "shut": shut, "greet": greet, "told": told, "idle": idle, "stepping-out": stepping_out,
            "deaf": deaf, "talkative": talkative, "leaving": leaving}
+
+
+MODELS |= {"spare": spare, "spare-et": lambda one: spare(one, select.EPOLLET)}
 
 
 def listen(arguments: argparse.Namespace) -> socket.socket:

@@ -90,7 +90,7 @@ def check_name(into: str) -> None:
 
 def find(into: str, flow: Flow) -> Graft:
     """The way that `--into` names. Refused says what is missing and what could be done; nothing is touched."""
-    from . import to_accept, to_descriptor, to_new_descriptor, to_receiver
+    from . import in_place, to_accept, to_descriptor, to_new_descriptor, to_receiver, to_replaced
     check_name(into)
     kind, _, rest = into.partition(":")
     if kind == "receiver":
@@ -103,6 +103,9 @@ def find(into: str, flow: Flow) -> Graft:
         pid, colon, descriptor = rest.partition(":")
         if not colon:
             return to_new_descriptor.of_process(int(pid))
+        in_place.check_program(int(pid))
+        if not to_descriptor.is_tcp(int(pid), int(descriptor)):
+            return to_replaced.at(int(pid), int(descriptor))
         return to_descriptor.at(int(pid), int(descriptor), flow)
     port = flow.local.port
     found = to_receiver.try_port(port)

@@ -30,7 +30,8 @@ from ..journal import Journal
 from ..kernel import injection, netns, process, repair, sockopt, syscalls, tcpinfo
 from ..kernel.process import Identity
 from ..kernel.tracee import Tracee
-from . import Ground, Reclaimed, Vessel
+from . import Ground, Reclaimed, Vessel, replacing
+from .replacing import Place
 
 STOP_TIMEOUT_S = 0.2
 TAKEN, ALIVE_MARK, BRACED = "taken", "alive", "braced"
@@ -70,6 +71,7 @@ class ProgramSocket:
         """`is_injected`: the program had to make it for us, and does not know it (to_new_descriptor.py)."""
         self.program, self.descriptor, self.inode, self.cookie = program, descriptor, inode, cookie
         self.is_injected = is_injected
+        self.place: Place | None = None  # which it will take (to_replaced.py)
         self.was_left_stopped = False  # by the `brace` of a serve that was killed
         self.is_emptied = False
         self._sock: socket.socket | None = None
@@ -92,7 +94,11 @@ class ProgramSocket:
             return None
         found = cls.of_inode(taken["taker"][0], taken["inode"], taken["cookie"])
         if found is not None:
+            number = taken.get("descriptor", found.descriptor)
+            if process.socket_inode(process.descriptors(found.program.pid).get(number, "")) == found.inode:
+                found.descriptor = number  # it may be in its place already, under another one too
             found.is_injected = taken.get("injected", False)
+            found.place = Place.from_json(taken["place"]) if taken.get("place") else None
             found._journal = journal
             found.was_left_stopped = (journal.field(BRACED) is not None
                                       and process.run_state(found.program.pid) == "T")
@@ -102,8 +108,13 @@ class ProgramSocket:
         """So that whoever comes later finds it again."""
         self._journal = journal
         journal.reserve(ALIVE_MARK)
-        journal.write(TAKEN, taker=self.program.to_json(), inode=self.inode, cookie=self.cookie,
-                      injected=self.is_injected)
+        self.record_again()
+
+    def record_again(self) -> None:
+        if self._journal is not None:
+            self._journal.write(TAKEN, taker=self.program.to_json(), inode=self.inode, cookie=self.cookie,
+                                descriptor=self.descriptor, injected=self.is_injected,
+                                place=self.place.to_json() if self.place else None)
 
     # -- the program stands still --------------------------------------------------------------------------------------
 
@@ -163,6 +174,9 @@ class ProgramSocket:
     def brace(self, unwritten: bool) -> None:
         """The connection is about to come alive. What the program writes must stay behind what was written for it: with
         bytes left to be written, it does not run even when this process is killed."""
+        if self.place is not None and self._tracee is not None:
+            replacing.put(self._tracee, self.place, self.descriptor, self.sock)
+            self.descriptor = self.place.descriptor
         if self._journal is not None:
             self._journal.set_mark(ALIVE_MARK)
         if unwritten and self._tracee is not None and not self.was_left_stopped:
@@ -195,7 +209,8 @@ class ProgramSocket:
 
     def _take_out(self) -> None:
         """The program closes what it has made for us. Where it cannot, a descriptor stays that leads nowhere."""
-        if self.is_injected and self._tracee is not None:
+        is_in_place = self.place is not None and self.place.descriptor == self.descriptor
+        if self.is_injected and not is_in_place and self._tracee is not None:
             with contextlib.suppress(Refused, KernelError):
                 injection.close(self._tracee, self.descriptor)
 
@@ -291,6 +306,7 @@ class IntoProgram:
             return Reclaimed()
         self.taker = taken.program
         if tcpinfo.read(taken.sock).state not in tcp.PASSABLE_STATES:  # never alive, or ended
+            taken.is_injected = taken.is_injected and not was_alive  # the program may have been told of it
             taken.end()
             if was_alive:
                 raise ended

@@ -38,21 +38,27 @@ class ToDescriptor(IntoProgram):
         self._taken = None
 
 
-def at(pid: int, descriptor: int, flow: Flow) -> ToDescriptor:
-    """Refused, with the reason, where that is no TCP socket that can become this connection."""
-    program = in_place.check_program(pid)
+def is_tcp(pid: int, descriptor: int) -> bool:
+    """A TCP socket; Refused where the process has no such descriptor."""
     link = process.descriptors(pid).get(descriptor)
     if link is None:
         raise Refused(f"{named(pid)} has no descriptor {descriptor}", hint=f"ls -l /proc/{pid}/fd")
+    if process.socket_inode(link) is None:
+        return False
+    with in_place.borrow(pid, descriptor) as sock:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN) in (socket.AF_INET, socket.AF_INET6) \
+            and sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == socket.IPPROTO_TCP
+
+
+def at(pid: int, descriptor: int, flow: Flow) -> ToDescriptor:
+    """Refused, with the reason, where this TCP socket cannot become this connection."""
+    program = in_place.check_program(pid)
     what = f"descriptor {descriptor} of {named(pid)}"
-    inode = process.socket_inode(link)
+    inode = process.socket_inode(process.descriptors(pid).get(descriptor, ""))
     if inode is None:
-        raise Refused(f"{what} is not a socket but {link}", hint="only a TCP socket can become the connection")
+        raise Refused(f"{named(pid)} has closed descriptor {descriptor}")
     with in_place.borrow(pid, descriptor) as sock:
         family = sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
-        if family not in (socket.AF_INET, socket.AF_INET6) \
-                or sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) != socket.IPPROTO_TCP:
-            raise Refused(f"{what} is not a TCP socket", hint="only a TCP socket can become the connection")
         if tcpinfo.read(sock).state is TcpState.LISTEN:
             raise Refused(f"{what} listens", hint=f"--into accept:{pid}")
         if family == socket.AF_INET and flow.ip_version == 6:

@@ -46,7 +46,8 @@ from .tracee import Tracee, ptrace
 _POKEDATA, _GETSIGMASK, _SETSIGMASK = 5, 0x420A, 0x420B  # linux/ptrace.h
 _MASK_BYTES = 8
 # asm/unistd_64.h
-_RT_SIGPROCMASK, _SOCKET, _CLOSE, _RESTART_SYSCALL = 14, 41, 3, 219
+_RT_SIGPROCMASK, _SOCKET, _CLOSE, _RESTART_SYSCALL, _DUP3, _EPOLL_CTL = 14, 41, 3, 219, 292, 233
+_CTL_ADD, _CTL_DEL = 1, 2  # linux/eventpoll.h
 _SIG_SETMASK = 2
 # 64-bit words of struct user_regs_struct (asm/user_64.h)
 _R11, _R10, _RAX, _RCX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS = 6, 7, 10, 11, 12, 13, 14, 15, 16, 17
@@ -67,6 +68,7 @@ _SLOT, _WORD = 192, 8
 _TIME_FOR_A_CALL_S = 1.0
 _PAUSE_S = 0.001
 RESULT = -1  # as a call's first argument: what the call before gave
+DATA = -2  # as an argument: the address of `Calls.data`
 
 
 class NoThread(Refused):
@@ -80,6 +82,7 @@ class Calls:
 
     wanted: tuple[tuple[int, ...], ...]
     undo: tuple[tuple[int, ...], ...] = ()
+    data: bytes = b""
 
 
 def check(pid: int) -> None:
@@ -122,6 +125,27 @@ def close(tracee: Tracee, descriptor: int) -> None:
     """The stopped program closes a descriptor of its own. NoThread: try later."""
     with _injected(tracee, Calls(((_CLOSE, descriptor),))):
         pass
+
+
+def duplicate(tracee: Tracee, old: int, new: int, flags: int) -> int:
+    """dup3 of the stopped program; the kernel's answer, an error negative."""
+    return _answer(tracee, Calls(((_DUP3, old, new, flags),)))
+
+
+def watch(tracee: Tracee, epoll: int, descriptor: int, events: int, data: int) -> int:
+    """epoll_ctl(EPOLL_CTL_ADD) of the stopped program; the kernel's answer, an error negative."""
+    event = struct.pack("=IQ", events, data)  # linux/eventpoll.h: packed on x86_64
+    return _answer(tracee, Calls(((_EPOLL_CTL, epoll, _CTL_ADD, descriptor, DATA),), data=event))
+
+
+def watch_no_more(tracee: Tracee, epoll: int, descriptor: int) -> int:
+    """epoll_ctl(EPOLL_CTL_DEL) of the stopped program; the kernel's answer, an error negative."""
+    return _answer(tracee, Calls(((_EPOLL_CTL, epoll, _CTL_DEL, descriptor, 0),)))
+
+
+def _answer(tracee: Tracee, calls: Calls) -> int:
+    with _injected(tracee, calls) as (result,):
+        return result
 
 
 def stop(pid: int, timeout_s: float) -> Tracee:
@@ -245,9 +269,10 @@ def _stub(calls: Calls, words: Sequence[int], mask: int, address: int) -> bytes:
         result, target = number, target - _SYSCALL_BYTES
     elif result == _RESTART_BLOCK:
         result, target = _RESTART_SYSCALL, target - _SYSCALL_BYTES
-    data = struct.pack("=Q", mask) + _MARK
-    mask_back = (_RT_SIGPROCMASK, _SIG_SETMASK, address + _SLOT - len(data), 0, _MASK_BYTES)
-    code = b"".join(_call(call) for call in (*calls.wanted, *calls.undo, mask_back))
+    data = calls.data + struct.pack("=Q", mask) + _MARK
+    begin = address + _SLOT - len(data)
+    mask_back = (_RT_SIGPROCMASK, _SIG_SETMASK, begin + len(calls.data), 0, _MASK_BYTES)
+    code = b"".join(_call(call, begin) for call in (*calls.wanted, *calls.undo, mask_back))
     code += b"".join(_load(register, words[register]) for register in (_RDI, _RSI, _RDX, _R10, _RCX, _R11))
     code += _load(_RAX, result) + b"\xff\x25\0\0\0\0" + struct.pack("=q", target)  # jmp *0(%rip)
     if len(code) + len(data) > _SLOT:
@@ -266,11 +291,11 @@ def _load(register: int, value: int) -> bytes:
     return bytes([0x49 if code > 7 else 0x48, 0xB8 | code & 7]) + struct.pack("=Q", value & (1 << 64) - 1)
 
 
-def _call(call: tuple[int, ...]) -> bytes:
+def _call(call: tuple[int, ...], data: int) -> bytes:
     number, *arguments = call
     code = b""
     for register, value in zip((_RDI, _RSI, _RDX, _R10), arguments, strict=False):
-        code += b"\x89\xc7" if value == RESULT else _load(register, value)  # mov %eax, %edi
+        code += b"\x89\xc7" if value == RESULT else _load(register, data if value == DATA else value)  # mov %eax, %edi
     return code + _load(_RAX, number) + b"\x0f\x05"
 
 

@@ -78,6 +78,15 @@ def status_lines(pid: int) -> list[str]:
         return []
 
 
+def descriptor_lines(pid: int, descriptor: int) -> list[str]:
+    """/proc/PID/fdinfo/DESCRIPTOR; nothing of one that is closed."""
+    try:
+        with open(f"/proc/{pid}/fdinfo/{descriptor}", errors="replace") as info:
+            return info.read().splitlines()
+    except OSError:
+        return []
+
+
 def mapping(pid: int, name: str) -> tuple[int, int]:
     """Begin and end of the first mapping of this name in the process's memory; (0, 0) where it has none."""
     with failing(f"read /proc/{pid}/maps"), open(f"/proc/{pid}/maps", errors="replace") as maps:

@@ -20,12 +20,13 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("model", "way", "times", "prologue"), [
-    ("threads", "accept", 24, ()), ("threads", "accept", 12, ("hello",)), ("threads", "pid", 24, ()),
-    pytest.param("threads", "accept", 300, (), marks=pytest.mark.long),
-    pytest.param("threads", "accept", 200, ("hello",), marks=pytest.mark.long),
-    pytest.param("epoll-et", "accept", 100, (), marks=pytest.mark.long),
-    pytest.param("prefork", "accept", 100, (), marks=pytest.mark.long),
-    pytest.param("epoll", "pid", 300, (), marks=pytest.mark.long)])
+    ("threads", "accept:{}", 24, ()), ("threads", "accept:{}", 12, ("hello",)),
+    ("threads", "pid:{}", 24, ()), ("threads", "pid:{}:0", 24, ()),
+    pytest.param("threads", "accept:{}", 300, (), marks=pytest.mark.long),
+    pytest.param("threads", "accept:{}", 200, ("hello",), marks=pytest.mark.long),
+    pytest.param("epoll-et", "accept:{}", 100, (), marks=pytest.mark.long),
+    pytest.param("prefork", "accept:{}", 100, (), marks=pytest.mark.long),
+    pytest.param("epoll", "pid:{}", 300, (), marks=pytest.mark.long)])
 def test_a_graft_can_be_killed_at_every_point(lab: Lab, model: str, way: str, times: int,
                                               prologue: tuple[str, ...]) -> None:
     host = lab.destination
@@ -34,7 +35,7 @@ def test_a_graft_can_be_killed_at_every_point(lab: Lab, model: str, way: str, ti
     if model == "prefork":
         pid = server.wait_for("worker", 2)["pid"]
     before = leftovers(host)
-    done = host.run([sys.executable, str(TESTS / "killed_graft.py"), f"{way}:{pid}", str(pid), str(PORT), str(times),
+    done = host.run([sys.executable, str(TESTS / "killed_graft.py"), way.format(pid), str(pid), str(PORT), str(times),
                      *prologue],
                     check=False, timeout=800)
     assert done.returncode == 0, done.stderr

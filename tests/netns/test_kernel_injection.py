@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import select
@@ -16,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from criu_tcpcp.core.errors import KernelError, Refused
+from criu_tcpcp.graft import in_place, replacing
 from criu_tcpcp.kernel import injection, process, tracee
+from criu_tcpcp.kernel.tracee import Tracee
 from waiting import until
 
 pytestmark = pytest.mark.root
@@ -183,7 +186,12 @@ def test_a_main_thread_that_computes_leaves_it_to_another(start: Start) -> None:
         program.communicate()
 
 
-def killed_at(point: int, pid: int) -> int:
+def make_one(stopped: Tracee) -> None:
+    with injection.new_socket(stopped, socket.AF_INET):
+        pass
+
+
+def killed_at(point: int, pid: int, act: Callable[[Tracee], None] = make_one) -> int:
     """A child makes a socket in the program, and dies at `point`: they are before and behind each ptrace call, so when
     all has come to a stop, and when nothing has. Returns how many there were, or 0."""
     reading, writing = os.pipe()
@@ -205,8 +213,7 @@ def killed_at(point: int, pid: int) -> int:
         with contextlib.suppress(BaseException):
             stopped = injection.stop(pid, 5)  # whose calls are as those of any stop: test_kernel_tracee.py
             tracee.libc = type("Libc", (), {"ptrace": staticmethod(ptrace), "tgkill": tracee.libc.tgkill})
-            with injection.new_socket(stopped, socket.AF_INET):
-                pass
+            act(stopped)
             stopped.resume()
             os.write(writing, b"%d" % calls)
         os._exit(0)
@@ -242,6 +249,39 @@ def test_the_tool_is_killed_between_any_two_steps(way: str, start: Start) -> Non
         for _ in range(20):
             made(program.pid)
         assert vdso(program.pid)[:len(clean.rstrip(b"\0"))] == clean.rstrip(b"\0")
+
+
+def replacing_killed_at(point: int, pid: int, place: replacing.Place, number: int) -> bool:
+    """As `killed_at`, while a descriptor is replaced; False where it was not killed."""
+    def put(stopped: Tracee) -> None:
+        with in_place.borrow(pid, number) as sock:
+            replacing.put(stopped, place, number, sock)
+    return not killed_at(point, pid, put)
+
+
+def test_replacing_a_descriptor_is_continued_wherever_it_was_killed(start: Start) -> None:
+    """Standard input, a pipe that epoll watches with data of its own, becomes the socket that the program made."""
+    for point in itertools.count(3, 9):
+        program = start("epoll_wait")
+        before = process.descriptors(program.pid)
+        place = replacing.place_of(program.pid, 0)
+        (epoll, events, data), = place.watches
+        assert (data, events & select.EPOLLIN) == (42, select.EPOLLIN)
+        number, = made(program.pid)
+        link = process.descriptors(program.pid)[number]
+        was_killed = replacing_killed_at(point, program.pid, place, number)
+        if was_killed:
+            number = number if process.descriptors(program.pid).get(number) == link else 0
+            stopped = injection.stop(program.pid, 5)
+            with in_place.borrow(program.pid, number) as sock:
+                replacing.put(stopped, place, number, sock)
+            stopped.resume()
+        now = process.descriptors(program.pid)
+        assert now == {**before, 0: link}, point
+        assert replacing.place_of(program.pid, 0).watches == ((epoll, events, data),), point
+        if not was_killed:
+            assert point > 100
+            return
 
 
 def computes(pid: int) -> bool:

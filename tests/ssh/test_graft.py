@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -142,6 +142,27 @@ def test_a_descriptor_is_made_in_a_program_that_is_then_told_of_it(version: int)
         finish(here, peer)
 
 
+@pytest.mark.parametrize("model", ["spare", "spare-et"])
+def test_a_descriptor_of_something_else_is_replaced_where_it_is_watched(model: str) -> None:
+    """The program's event loop goes on with it: the same number, the same events and data in each epoll instance."""
+    with served(server("threads", "0.0.0.0"), server(model, "0.0.0.0")) as (here, peer):
+        spare = here.nodes["destination"].wait_for("spare")
+        numbers, watched = set(process.descriptors(spare["pid"])), watches(spare)
+        report = here.pass_once("--into", f"pid:{spare['pid']}:{spare['fd']}", *SEEN)
+        assert f"descriptor {spare['fd']}, socket:" in report["into"]
+        assert here.serving(here.lab.destination) == [(spare["pid"], spare["fd"])]
+        assert (set(process.descriptors(spare["pid"])), watches(spare)) == (numbers, watched)
+        exchange(peer, b"there")
+        exchange(peer, b"and again")
+        finish(here, peer)
+
+
+def watches(spare: dict[str, Any]) -> list[list[str]]:
+    """Descriptor, events and data of what each epoll instance watches."""
+    return [line.split()[1:6] for one in spare["epolls"] for line in process.descriptor_lines(spare["pid"], one)
+            if line.startswith("tfd")]
+
+
 def set_linger(sock: socket.socket) -> None:
     """Its close is a reset: nobody is there to end it with."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -171,7 +192,6 @@ REFUSALS = {
     "32-bit": Refused("select", [], "accept:{other}", "is a 32-bit program"),
     "traced": Refused("select", [], "accept:{pid}", "already"),
     "no-descriptor": Refused("select", [], "pid:{pid}:999", "has no descriptor 999"),
-    "no-socket": Refused("select", [], "pid:{pid}:1", "is not a socket but pipe:"),
     "listener": Refused("select", [], "pid:{pid}:3", "listens"),
     "seccomp": Refused("select", [], "pid:{other}", "has a seccomp filter"),
     "computes": Refused("select", [], "pid:{other}", "was in a system call within"),

@@ -71,6 +71,28 @@ def test_serve_dies_after_the_commit(action: Action) -> None:
         exchange(peer, b"after")
 
 
+@pytest.mark.parametrize("action", [
+    pytest.param(one, marks=() if one is Action.ACTIVATE else pytest.mark.long) for one in AFTER])
+def test_serve_dies_before_it_has_replaced_a_descriptor(action: Action) -> None:
+    """Whoever continues does so: the program had run meanwhile, with the descriptor as it was, or as it is to be."""
+    with served(server("threads", "0.0.0.0"), server("spare", "0.0.0.0")) as (here, peer):
+        spare, destination = here.nodes["destination"].wait_for("spare"), here.lab.destination
+        attempt = Attempt(here, f"destination:{action.value}", "--into", f"pid:{spare['pid']}:{spare['fd']}", *SEEN)
+        attempt.kill("serve")
+        report = attempt.outcome()
+        here.owner.run([COMMAND, "resolve", "--json"], check=False)
+        here.owner = destination
+        assert report is not None
+        assert report["owner"] == "destination", f"{report}"
+        exchange(peer, b"after")
+        assert here.serving(destination) == [(spare["pid"], spare["fd"])]
+        until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
+        peer.shutdown(socket.SHUT_WR)
+        assert peer.recv(1) == b""
+        here.prove(passes=1, loss_free=False)
+        assert here.release() == []
+
+
 @pytest.mark.parametrize("step", ["destination:send prepared", "origin:verify"])
 def test_the_server_does_not_stand_still_for_an_origin_that_hangs(step: str) -> None:
     """It runs again, without the connection, and the pass is undone when the origin comes back."""
