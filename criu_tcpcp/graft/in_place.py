@@ -321,6 +321,13 @@ class IntoProgram:
             self._taken.resume()
 
 
+def refuse_prologue(ground: Ground) -> None:
+    """Refused where there is one: this way in begins with no conversation."""
+    if ground.prologue is not None:
+        raise Refused("a prologue can be said only to a connection that the program has just accepted",
+                      hint="--into accept:PID or listen:PORT")
+
+
 def named(pid: int) -> str:
     return f"process {pid} ({process.name(pid)})"
 

@@ -26,9 +26,7 @@ class ToDescriptor(IntoProgram):
         self._found = found
 
     def arrange(self, flow: Flow, ground: Ground) -> None:
-        if ground.prologue is not None:
-            raise Refused("a prologue can be said only to a connection that the program has just accepted",
-                          hint="--into accept:PID or listen:PORT")
+        in_place.refuse_prologue(ground)
         self._take(self._found, ground.journal)
 
     def discard(self, pass_id: str) -> None:

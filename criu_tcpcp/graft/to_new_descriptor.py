@@ -36,6 +36,7 @@ class ToNewDescriptor(IntoProgram):
         return super().description
 
     def arrange(self, flow: Flow, ground: Ground) -> None:
+        in_place.refuse_prologue(ground)
         made = self._made(flow, ground.journal)
         try:
             self._take(made, ground.journal)
