@@ -193,9 +193,13 @@ class Origin:
         self._redirect = redirect.origin_half(self.plan)
         self._redirect.stage(self._need(self._rules), self.flow)
 
+    def _taker_knows(self) -> bool:
+        """What becomes of the connection is for a program that takes part to say, or for whoever reads a dump."""
+        return self.staged is None or self.staged.knows
+
     def _refuse_tls(self, *queues: bytes) -> None:
         """Refused where one holds TLS and the program at the destination cannot go on with it."""
-        if self._need(self.staged).knows or self.options.tls_anyway:
+        if self._taker_knows() or self.options.tls_anyway:
             return
         if any(map(tls.has_records, queues)):
             raise Refused("there are TLS records in the connection's queues, and their keys stay with process "
@@ -380,7 +384,7 @@ class Origin:
     def _unanswered(self) -> str | None:
         """Why another program could not go on here: this one has read something, and has sent nothing since. The
         kernel's clock for that has ticks of 1 to 10 ms (CONFIG_HZ); within one tick, an answer is believed."""
-        if self._need(self.staged).knows:
+        if self._taker_knows():
             return None
         info = tcpinfo.read(self._need(self._sock))
         owes = info.last_data_recv_ms < info.last_data_sent_ms or not info.data_segments_out
