@@ -271,8 +271,8 @@ def test_replacing_a_descriptor_is_continued_wherever_it_was_killed(start: Start
         link = process.descriptors(program.pid)[number]
         was_killed = replacing_killed_at(point, program.pid, place, number)
         if was_killed:
+            stopped = injection.stop(program.pid, 5)  # until then, the stub goes on by itself
             number = number if process.descriptors(program.pid).get(number) == link else 0
-            stopped = injection.stop(program.pid, 5)
             with in_place.borrow(program.pid, number) as sock:
                 replacing.put(stopped, place, number, sock)
             stopped.resume()
