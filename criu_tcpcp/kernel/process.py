@@ -57,25 +57,18 @@ def waits(pid: int) -> bool:
     return not any((fields := _stat(f"{pid}/task/{tid}")) and fields[0] == "R" for tid in tids)
 
 
-def tracer_of(pid: int, tid: int | None = None) -> int:
-    """The process that traces this thread (the first one); 0 where none does."""
+def status_lines(tid: int) -> list[str]:
+    """/proc/TID/status of a process or of one of its threads; nothing of what has gone."""
     try:
-        with open(f"/proc/{pid}/task/{tid or pid}/status") as status:
-            for line in status:
-                if line.startswith("TracerPid:"):
-                    return int(line.split()[1])
-    except OSError:
-        return 0
-    return 0
-
-
-def status_lines(pid: int) -> list[str]:
-    """/proc/PID/status; nothing of a process that has gone."""
-    try:
-        with open(f"/proc/{pid}/status", errors="replace") as status:
+        with open(f"/proc/{tid}/status", errors="replace") as status:
             return status.read().splitlines()
     except OSError:
         return []
+
+
+def tracer_of(tid: int) -> int:
+    """The process that traces this thread, or the first one of this process; 0 where none does."""
+    return next((int(line.split()[1]) for line in status_lines(tid) if line.startswith("TracerPid:")), 0)
 
 
 def descriptor_lines(pid: int, descriptor: int) -> list[str]:
@@ -110,16 +103,8 @@ def is_32_bit(pid: int) -> bool:
 def accepts_by_io_uring(pid: int) -> bool:
     """An accept of this process waits in an io_uring, where no stop of its threads reaches it
     (io_uring/fdinfo.c, io_uring_show_fdinfo; IORING_OP_ACCEPT is 13)."""
-    for number, link in descriptors(pid).items():
-        if link != "anon_inode:[io_uring]":
-            continue
-        try:
-            with open(f"/proc/{pid}/fdinfo/{number}") as info:
-                if any(line.split(",")[0].strip() == "op=13" for line in info):
-                    return True
-        except OSError:
-            continue
-    return False
+    rings = [number for number, link in descriptors(pid).items() if link == "anon_inode:[io_uring]"]
+    return any(line.split(",")[0].strip() == "op=13" for number in rings for line in descriptor_lines(pid, number))
 
 
 def listens_on_unix(pid: int) -> bool:

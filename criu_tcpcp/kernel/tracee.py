@@ -112,7 +112,7 @@ class Tracee:
             if error.errno != errno.EPERM:
                 raise
             # The kernel attached this one itself when it was cloned, or someone else traces it.
-            if process.tracer_of(self.pid, tid) != os.getpid():
+            if process.tracer_of(tid) != os.getpid():
                 if process.has_ended(self.pid, tid):
                     return False
                 raise Refused(_why_not_traceable(self.pid, tid)) from None
@@ -350,7 +350,7 @@ class Tracee:
 
 
 def _why_not_traceable(pid: int, tid: int) -> str:
-    tracer = process.tracer_of(pid, tid)
+    tracer = process.tracer_of(tid)
     if tracer:
         return f"process {pid} is traced by process {tracer} already"
     return f"process {pid} may not be traced (another user's, or a Yama or container policy)"
