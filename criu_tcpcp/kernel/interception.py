@@ -10,7 +10,6 @@ import os
 import time
 
 from ..core.endpoint import Flow
-from ..core.errors import KernelError
 from . import netlink, nftables
 from .nfqueue import DROP, PacketQueue
 from .nftables import OUTPUT, Chain, Component, Table
@@ -36,18 +35,11 @@ class Interception:
     def _install(self, flow: Flow) -> None:
         table = Table(self._wire, f"{TABLE}_caught_{os.getpid()}_{self._wire.fileno()}", self._version)
         table.create(nftables.TABLE_OWNER)
-        failure: KernelError | None = None
-        for queue in (nftables.queue_natively(self._queue.number), nftables.queue_by_xt(self._queue.number)):
-            rule = nftables.load_flow(self._version, outgoing=True) + nftables.in_set("caught") + queue
-            try:
-                table.install(Component(self._version, ("caught",), (Chain("caught", OUTPUT, _PRIORITY, (rule,)),)))
-            except KernelError as error:
-                failure = failure or error
-                continue
-            table.add("caught", [flow])
-            return
-        if failure is not None:
-            raise failure
+        load = nftables.load_flow(self._version, outgoing=True) + nftables.in_set("caught")
+        ways = (nftables.queue_natively(self._queue.number), nftables.queue_by_xt(self._queue.number))
+        table.install_first([Component(self._version, ("caught",), (Chain("caught", OUTPUT, _PRIORITY, (load + way,)),))
+                             for way in ways])
+        table.add("caught", [flow])
 
     def answer(self, timeout_s: float) -> tuple[int, int] | None:
         """(flags, sequence number) of the first segment with SYN or RST that this host sends; None where none comes in

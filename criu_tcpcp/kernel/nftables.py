@@ -236,6 +236,18 @@ class Table:
             if error.errno != errno.EEXIST:
                 raise
 
+    def install_first(self, components: Sequence[Component]) -> int:
+        """Make the first of these that the kernel knows; returns its number. KernelError, the first one, where it knows
+        none."""
+        failure: KernelError | None = None
+        for number, component in enumerate(components):
+            try:
+                self.install(component)
+                return number
+            except KernelError as error:
+                failure = failure or error
+        raise failure or ValueError("no component given")
+
     def _set_attributes(self, name: str, number: int) -> list[bytes]:
         kind = 0
         for part in (_ADDR_TYPE[self.version], _PORT_TYPE) * 2:

@@ -92,26 +92,20 @@ class Hold:
             raise
 
     def _install(self, version: int, number: int) -> None:
-        """The first of these that the kernel knows: `queue`, the xt target, or dropping (the peer sends again)."""
-        failure: KernelError | None = None
-        for queue in (nftables.queue_natively(number), nftables.queue_by_xt(number), nftables.drop()):
-            # Looked for again behind the note, or the gate could open between look-up and note.
-            rules = (nftables.mark_is(MARK) + nftables.accept(),
-                     nftables.load_flow(version) + nftables.in_set("held") + nftables.put_in("arrived")
-                     + nftables.in_set("held") + queue)
-            ours = nftables.mark_is(MARK) + nftables.has_no_flags() + nftables.load_flow(version)
-            gate = (ours + nftables.in_set("arrived") + nftables.take_out("arrived") + nftables.drop(),
-                    ours + nftables.take_out("held") + nftables.drop())
-            try:
-                self._table.install(Component(version, ("held", "arrived"), (
-                    Chain("held", PREROUTING, -300, rules), Chain("gate", OUTPUT, -301, gate))))
-            except KernelError as error:
-                failure = failure or error
-                continue
-            self.queues = queue != nftables.drop()
-            return
-        if failure is not None:
-            raise failure
+        """By `queue`, the xt target, or dropping (the peer sends again)."""
+        ours = nftables.mark_is(MARK) + nftables.has_no_flags() + nftables.load_flow(version)
+        gate = Chain("gate", OUTPUT, -301, (
+            ours + nftables.in_set("arrived") + nftables.take_out("arrived") + nftables.drop(),
+            ours + nftables.take_out("held") + nftables.drop()))
+        # Looked for again behind the note, or the gate could open between look-up and note.
+        held = (nftables.load_flow(version) + nftables.in_set("held") + nftables.put_in("arrived")
+                + nftables.in_set("held"))
+        ways = (nftables.queue_natively(number), nftables.queue_by_xt(number), nftables.drop())
+        taken = self._table.install_first([
+            Component(version, ("held", "arrived"), (
+                Chain("held", PREROUTING, -300, (nftables.mark_is(MARK) + nftables.accept(), held + way)), gate))
+            for way in ways])
+        self.queues = ways[taken] != nftables.drop()
 
     def add(self, flow: Flow) -> None:
         self._table.add("held", [flow])
