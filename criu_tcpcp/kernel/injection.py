@@ -41,7 +41,15 @@ from dataclasses import dataclass
 from ..core.errors import Refused
 from . import process
 from .syscalls import failing
-from .tracee import Tracee, ptrace
+from .tracee import (
+    ERESTART_RESTARTBLOCK,
+    ERESTARTNOHAND,
+    ERESTARTNOINTR,
+    ERESTARTSYS,
+    MACHINES,
+    Tracee,
+    ptrace,
+)
 
 _POKEDATA, _GETSIGMASK, _SETSIGMASK = 5, 0x420A, 0x420B  # linux/ptrace.h
 _MASK_BYTES = 8
@@ -54,10 +62,7 @@ _R11, _R10, _RAX, _RCX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS = 6, 7, 10, 11, 1
 _WORDS = 27
 _64_BIT_CODE = 0x33  # the code segment (asm/segment.h, __USER_CS)
 _SYSCALL_BYTES = 2
-# include/linux/errno.h
-_AGAIN = frozenset({-512, -513, -514})  # ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND
-_RESTART_BLOCK = -516
-_EPOLL_WAITS = frozenset({232, 281, 441})
+_AGAIN = frozenset({-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND})
 
 #: Left to the program while the stub runs: what its own doing raises. Blocked, such a signal would kill it.
 _SYNCHRONOUS = (signal.SIGILL, signal.SIGTRAP, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
@@ -265,9 +270,9 @@ def _stub(calls: Calls, words: Sequence[int], mask: int, address: int) -> bytes:
     """Its way back is what the kernel would do with the interrupted call (arch/x86/kernel/signal.c,
     arch_do_signal_or_restart); epoll_wait, which ends with EINTR, is begun again (tracee.py)."""
     number, result, target = words[_ORIG_RAX], words[_RAX], words[_RIP]
-    if result in _AGAIN or (result == -errno.EINTR and number in _EPOLL_WAITS):
+    if result in _AGAIN or (result == -errno.EINTR and number in MACHINES["x86_64"].epoll_waits):
         result, target = number, target - _SYSCALL_BYTES
-    elif result == _RESTART_BLOCK:
+    elif result == -ERESTART_RESTARTBLOCK:
         result, target = _RESTART_SYSCALL, target - _SYSCALL_BYTES
     data = calls.data + struct.pack("=Q", mask) + _MARK
     begin = address + _SLOT - len(data)

@@ -38,7 +38,7 @@ _SPINS, _PAUSE_S = 4, 0.00003
 
 
 @dataclass(frozen=True)
-class _Machine:
+class Machine:
     """Where a machine keeps what we look at, in 64-bit words of NT_PRSTATUS. `syscall`: None where the number has a
     register set of its own (aarch64). `epoll_waits`: the calls that end in EINTR when a tracer stops them."""
 
@@ -48,15 +48,15 @@ class _Machine:
     epoll_waits: frozenset[int]
 
 
-_MACHINES = {
-    "x86_64": _Machine(words=27, result=10, syscall=15, epoll_waits=frozenset({232, 281, 441})),
-    "aarch64": _Machine(words=34, result=0, syscall=None, epoll_waits=frozenset({22, 441})),  # untested
+MACHINES = {
+    "x86_64": Machine(words=27, result=10, syscall=15, epoll_waits=frozenset({232, 281, 441})),
+    "aarch64": Machine(words=34, result=0, syscall=None, epoll_waits=frozenset({22, 441})),  # untested
 }
 
 # What a wait that was interrupted holds in its result register (linux/errno.h, include/linux/errno.h): the kernel
 # starts the call again, or ends it with EINTR, when the thread goes on.
-_ERESTARTSYS, _ERESTARTNOINTR, _ERESTARTNOHAND, _ERESTART_RESTARTBLOCK = 512, 513, 514, 516
-_INTERRUPTED = frozenset({-_ERESTARTSYS, -_ERESTARTNOINTR, -_ERESTARTNOHAND, -_ERESTART_RESTARTBLOCK, -errno.EINTR})
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+_INTERRUPTED = frozenset({-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND, -ERESTART_RESTARTBLOCK, -errno.EINTR})
 
 
 def ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> None:
@@ -67,7 +67,7 @@ class Tracee:
     """The threads of one process while they are stopped."""
 
     def __init__(self, pid: int) -> None:
-        machine = _MACHINES.get(platform.machine())
+        machine = MACHINES.get(platform.machine())
         if machine is None:
             raise Refused(f"the registers of a {platform.machine()} process are not known to this tool")
         self.pid = pid
@@ -204,7 +204,7 @@ class Tracee:
         if result != -errno.EINTR or number not in machine.epoll_waits:
             return
         registers = self.registers(tid)
-        struct.pack_into("=q", registers, machine.result * 8, -_ERESTARTNOHAND)
+        struct.pack_into("=q", registers, machine.result * 8, -ERESTARTNOHAND)
         self.set_registers(tid, registers)
 
     # -- for what makes one stopped thread do something (injection.py) -------------------------------------------------
