@@ -70,6 +70,16 @@ class Ended:
                              "--origin-sees", self.sees, *options])
         return pid, descriptor
 
+    def is_closed_by(self, program: Program, who: str) -> None:
+        """A web server closes a connection that waits for its next request, and goes on with others."""
+        with self.connect() as peer:
+            ask(peer, b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            pid, descriptor = self.end(peer)
+            until(lambda: closed(pid, descriptor), f"{who} to close it")
+        with self.connect() as other:
+            ask(other, b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert program.process.poll() is None
+
     # -- the runtimes --------------------------------------------------------------------------------------------------
 
     def python(self, way: str) -> str:
@@ -120,13 +130,7 @@ class Ended:
             http {{ {paths} access_log off;
                    server {{ listen {self.port + 1}; location / {{ return 200 x; }} }} }}""")
         program = self.start(["nginx", "-c", str(data / "conf"), "-e", str(data / "errors")], listens="nginx")
-        with self.connect() as peer:
-            ask(peer, b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
-            pid, descriptor = self.end(peer)
-            until(lambda: closed(pid, descriptor), "nginx to close it")
-        with self.connect() as other:
-            ask(other, b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
-        assert program.process.poll() is None
+        self.is_closed_by(program, "nginx")
         word = re.search(r"\[(?:info|alert)\][^\n]*?: \*1 (?:client \S+ )?(closed keepalive connection|"
                          r"recv\(\) failed[^\n]*? while keepalive)", (data / "errors").read_text())
         assert word is not None, (data / "errors").read_text()
@@ -136,13 +140,7 @@ class Ended:
         """net/http says nothing of a connection that waits for its next request."""
         program = self.start(["prometheus-node-exporter", "--web.listen-address=0.0.0.0:{port}",
                               "--collector.disable-defaults", "--log.level=debug"], listens="the exporter")
-        with self.connect() as peer:
-            ask(peer, b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
-            pid, descriptor = self.end(peer)
-            until(lambda: closed(pid, descriptor), "the server to close it")
-        with self.connect() as other:
-            ask(other, b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
-        assert program.process.poll() is None
+        self.is_closed_by(program, "the server")
         return "closes it"
 
 
