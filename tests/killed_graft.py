@@ -5,7 +5,7 @@
 A point is a line of the modules of criu_tcpcp/graft that act on the program, or a call of what acts in
 criu_tcpcp/kernel. TIMES of them are chosen, evenly. After each death the program PID must run, and serve a new client
 at PORT; when `sweep_host` has been there, nothing of the pass is left. Says on stdout, as JSON, how many points there
-were and at how many of them it was killed; ends with 1 and a line on stderr where a check failed.
+were and at how many of them it was killed; ends with 1, and says why on stderr, where a check failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -33,6 +32,7 @@ from criu_tcpcp.kernel import process, sockdiag
 from criu_tcpcp.kernel.rules import host_rules
 from criu_tcpcp.transport.wire import Wire
 from states import plain
+from waiting import until
 
 PEER = Endpoint(ipaddress.ip_address("10.77.1.2"), 45678)
 PATIENCE_S = 10.0
@@ -83,14 +83,6 @@ def graft(into: str, flow: Flow, killer: Killer) -> None:
         sys.settrace(None)
 
 
-def until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"in vain: {what}")
-        time.sleep(0.002)
-
-
 def serves(address: str, port: int) -> None:
     with socket.create_connection((address, port), timeout=PATIENCE_S) as client:
         client.sendall(b"hello")
@@ -117,16 +109,17 @@ def one(into: str, pid: int, flow: Flow, at: int) -> int:
     if not points and not os.WIFSIGNALED(status):
         raise SystemExit(f"the graft failed by itself, to be killed at point {at}")
     until(lambda: process.run_state(pid) in ("S", "R"), f"the program runs again after point {at}: "
-          f"{process.run_state(pid)}")
+          f"{process.run_state(pid)}", PATIENCE_S)
     settle.sweep_host()
-    until(lambda: sockdiag.state_of(flow) is None, f"no connection is left after point {at}")
+    until(lambda: sockdiag.state_of(flow) is None, f"no connection is left after point {at}", PATIENCE_S)
     with host_rules(flow.ip_version) as rules:
         if left := rules.flows():
             raise SystemExit(f"after point {at} there are left: {left}")
     if journal.all_journals():
         raise SystemExit(f"after point {at} a journal is left")
     serves(str(source_towards(PEER)), flow.local.port)
-    until(lambda: links(pid) == before, f"the program to have its own descriptors only after point {at}: {links(pid)}")
+    until(lambda: links(pid) == before, f"the program to have its own descriptors only after point {at}: {links(pid)}",
+          PATIENCE_S)
     return points
 
 
