@@ -43,7 +43,8 @@ class Missing(enum.Enum):
 
 @dataclass(frozen=True)
 class Option:
-    """`write_number` and `write_halved`: set by another number, and with half the value (the kernel doubles it)."""
+    """`again`: the point at which it is written once more, since others change it in between. `write_number` and
+    `write_halved`: set by another number, and with half the value (the kernel doubles it)."""
 
     name: str
     level: int
@@ -53,6 +54,7 @@ class Option:
     criu: str | None = None
     missing: Missing = Missing.REFUSE
     ip_version: int | None = None
+    again: When | None = None
     write_number: int | None = None
     write_halved: bool = False
 
@@ -99,12 +101,14 @@ TABLE: tuple[Option, ...] = (
     Option("SO_PRIORITY", _SOCKET, 12, _LATE, criu="opts.so_priority", missing=Missing.REPORT),
     Option("IPV6_MTU_DISCOVER", _IP6, 23, _LATE, ip_version=6),
     Option("IPV6_RECVPKTINFO", _IP6, 49, _LATE, missing=Missing.REPORT, ip_version=6),
-    # SO_PEEK_OFF moves with what is put into the receive queue; the buffers were forced large for the restore.
-    Option("SO_PEEK_OFF", _SOCKET, 42, _RUNNING),
+    Option("SO_PEEK_OFF", _SOCKET, 42, _RUNNING),  # it moves with what is put into the receive queue
+    # Both buffers were forced large for the restore. The first segment that leaves promises a window that the receive
+    # buffer must keep: more would be taken back (net/ipv4/tcp_output.c, tcp_select_window: 0 once memory is short,
+    # Linux 6.6, e2142825c120). The unsent bytes still have to go into the other.
+    Option("SO_RCVBUF", _SOCKET, 8, _LATE, criu="opts.so_rcvbuf", write_number=33, write_halved=True),
     Option("SO_SNDBUF", _SOCKET, 7, _RUNNING, criu="opts.so_sndbuf", write_number=32, write_halved=True),
-    Option("SO_RCVBUF", _SOCKET, 8, _RUNNING, criu="opts.so_rcvbuf", write_number=33, write_halved=True),
     # Setting a buffer locks its size; this puts autotuning back as it was (Linux 5.14, 04190bf89438).
-    Option("SO_BUF_LOCK", _SOCKET, 72, _RUNNING, criu="opts.so_buf_lock", missing=Missing.REPORT),
+    Option("SO_BUF_LOCK", _SOCKET, 72, _LATE, again=_RUNNING, criu="opts.so_buf_lock", missing=Missing.REPORT),
     # Repair on forces it, repair off clears it (net/ipv4/tcp.c, do_tcp_setsockopt TCP_REPAIR).
     Option("SO_REUSEADDR", _SOCKET, 2, _RUNNING, criu="opts.reuseaddr"),
 )
@@ -122,4 +126,4 @@ def applying(socket_family: int, when: When | None = None) -> tuple[Option, ...]
     """The rows for a socket of this family, in order; those of one point of the restore if `when` is given."""
     return tuple(option for option in TABLE
                  if (option.ip_version is None or socket_family == socket.AF_INET6)
-                 and (when is None or option.when is when))
+                 and (when is None or when in (option.when, option.again)))

@@ -4,7 +4,7 @@ The order and its reasons (kernel = net/ipv4/tcp.c unless another file is named)
 
 dormant, in repair, nothing leaves the host:
   1. SO_REUSEADDR before repair: after it, a bind beside a listener fails with EADDRINUSE.
-  2. Buffers large enough for both queues; they get their own sizes back at the end.
+  2. Buffers large enough for both queues; they get their own sizes back once their queue is filled.
   3. Transparent where the address is not the host's: it binds and connects (IP_FREEBIND only binds).
   4. MSS before connect: later, the send MSS stays at 524 (tcp_sync_mss runs from connect). And where no window scale
      was negotiated, a window that needs none: connect chooses the scale by it (tcp_output.c, tcp_connect_init), and no
@@ -35,7 +35,8 @@ from .tcp import TcpState
 
 _BUFFER_SLACK = 1 << 20  # skbs cost more than their bytes: truesize is up to twice the payload, plus one chunk
 
-_CHANGED_BY_OTHERS = frozenset({"SO_PRIORITY"})  # by IP_TOS
+#: By IP_TOS, and by ForceBuffers: to be written though a new socket has the value.
+_CHANGED_BY_OTHERS = frozenset({"SO_PRIORITY", "SO_RCVBUF", "SO_BUF_LOCK"})
 
 
 @dataclass(frozen=True)

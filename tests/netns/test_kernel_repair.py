@@ -94,6 +94,7 @@ def deaf(flow: Flow) -> Iterator[Callable[[], None]]:
 class Seen:
     flags: int
     sequence: int
+    window: int  # as on the wire: scaled
     payload: int
     stamps: tuple[int, int] | None
 
@@ -117,12 +118,12 @@ class Tap:
                 head = (data[0] & 15) * 4 if data[0] >> 4 == 4 else 40
                 if (data[9] if data[0] >> 4 == 4 else data[6]) != 6:
                     continue
-                sport, dport, sequence, _ack, offset, flags = struct.unpack_from(">HHIIBB", data, head)
+                sport, dport, sequence, _ack, offset, flags, window = struct.unpack_from(">HHIIBBH", data, head)
                 if (sport, dport) != (self._flow.local.port, self._flow.peer.port):
                     continue
                 options = data[head + 20:head + (offset >> 4) * 4]
                 stamps = struct.unpack_from(">II", options, 4) if options[:4] == b"\1\1\10\12" else None
-                found.append(Seen(flags, sequence, len(data) - head - (offset >> 4) * 4, stamps))
+                found.append(Seen(flags, sequence, window, len(data) - head - (offset >> 4) * 4, stamps))
         return found
 
     def first_within(self, timeout_s: float) -> Seen | None:
@@ -345,6 +346,33 @@ def test_the_window_that_the_peer_sees_stays(family: str, scaled: bool, injector
     fresh.sendall(b"the end")
     assert receive(peer, 7) == b"the end"
     assert tcp.distance(right_edge_seen_by(peer), right_edge) >= 0
+    fresh.close()
+    peer.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_more_is_promised_than_the_program_has_room_for(family: str, injector: Injector) -> None:
+    """The buffer is large while the queue is filled; a window of that size would have to be taken back. Unsent bytes
+    leave in the instant in which they are written, with the first windows that the peer is told."""
+    moving, peer = pair(family)
+    flow = tcpinfo.flow_of(moving)
+    moving.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 30_000)
+    peer.sendall(b"q" * 10_000)
+    until(lambda: tcpinfo.unread_bytes(moving) == 10_000, "they arrive")
+    with deaf(flow):
+        moving.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        moving.send(b"answer")
+        state = read(moving, injector)
+        assert state.unsent == 6
+        repair.end_silently(moving)
+        moving.close()
+        fresh, restorer = restore(state, injector)
+        tap = Tap(flow)
+        restorer.run(alive_steps(state))
+        said = tap.take()
+    assert said
+    assert max(one.window << state.negotiated.rcv_wscale for one in said) <= state.options["SO_RCVBUF"]
+    tap.close()
     fresh.close()
     peer.close()
 
