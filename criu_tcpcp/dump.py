@@ -26,7 +26,7 @@ from .core.handoff import ORIGIN_FINAL, Event, Machine, OriginState
 from .executor import Executor, without_garbage_collection
 from .inventory import Connection
 from .journal import Journal
-from .kernel import netns, sockopt, syscalls
+from .kernel import netns, syscalls
 from .origin import Options, Origin
 from .passing import Progress
 from .report import PassError, Report
@@ -38,13 +38,12 @@ class Snapshot(Origin):
 
     def stage(self) -> None:
         """What the freeze needs on this host. Refused: nothing was touched."""
-        self._sock = self._borrow()
-        self._socket_options = sockopt.read_all(self._sock)
+        self._take()
         self._stage_here()
 
     def files(self) -> dict[str, bytes]:
         """Of the directory, once the connection was read."""
-        connection, image = self._connection, self._need(self._image)
+        connection, image = self._connection, self._need(self._extraction).image
         owner = imageset.Owner(connection.pid, connection.process_name, connection.descriptors)
         return imagedir.files_of(image, connection.inode, owner, self._app_state, self.journal.pass_id,
                                  left_running=True)
@@ -116,7 +115,7 @@ def read_in_keeper(control: socket.socket, record: Journal, connection: Connecti
     problem: TcpcpError | None = None
     try:
         try:
-            with netns.enter(side.namespace), record.claimed(side.flow.to_json()):
+            with netns.enter(side.program.namespace), record.claimed(side.flow.to_json()):
                 side.stage()
                 record.write("note", place=str(place))
                 imagedir.begin(place, record.pass_id)
@@ -134,7 +133,7 @@ def read_in_keeper(control: socket.socket, record: Journal, connection: Connecti
             record.remove()
         return report
     finally:
-        with netns.enter(side.namespace):
+        with netns.enter(side.program.namespace):
             side.close()
 
 

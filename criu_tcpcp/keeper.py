@@ -89,8 +89,8 @@ def run(control: socket.socket, journal: Journal, connection: Connection, target
     try:
         try:
             _say(control, {"progress": f"connecting to {target}"})
-            origin.connect()
-            with netns.enter(origin.namespace), journal.claimed(origin.flow.to_json()):
+            origin.there.connect()
+            with netns.enter(origin.program.namespace), journal.claimed(origin.flow.to_json()):
                 _say(control, {"progress": "staging"})
                 origin.stage()
                 origin.watch(control)
@@ -104,7 +104,7 @@ def run(control: socket.socket, journal: Journal, connection: Connection, target
         finish_journal(journal, executor)
         return report
     finally:
-        with netns.enter(origin.namespace):
+        with netns.enter(origin.program.namespace):
             origin.close()
 
 

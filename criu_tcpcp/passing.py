@@ -67,17 +67,17 @@ def preview(connection: Connection, target: Target | LocalTarget, options: dict[
     record = Journal(journal.new_id(), journal.ORIGIN)
     origin = Origin(record, connection, target, check_options(options))
     try:
-        origin.connect()
-        with netns.enter(origin.namespace):
+        origin.there.connect()
+        with netns.enter(origin.program.namespace):
             origin.stage()
-        plan, staged, hello = origin.plan, origin.staged, origin.peer_hello
+        plan, staged, hello = origin.plan, origin.staged, origin.there.hello
         return {"destination": f"{hello.host} (criu-tcpcp {hello.version})" if hello else "",
                 "into": staged.into if staged else "",
                 "redirect": f"{plan.strategy}: {plan.reason}" if plan else "",
                 "packets": "held" if origin.holding and origin.holding.queues
                 else "dropped during the pass: this kernel cannot queue them"}
     finally:
-        with netns.enter(origin.namespace):
+        with netns.enter(origin.program.namespace):
             origin.close()
 
 

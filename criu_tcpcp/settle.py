@@ -172,13 +172,13 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
             state, event = OriginState.LET_GO, Event.FORCED if force_origin else Event.RECOVER
         executor = Executor(handoff.origin(state), origin, ORIGIN_FINAL)
         try:
-            with netns.enter(origin.namespace):
+            with netns.enter(origin.program.namespace):
                 executor.run(event)
             report = make_report(origin, executor)
             finish_journal(journal, executor)
             return report
         finally:
-            with netns.enter(origin.namespace):
+            with netns.enter(origin.program.namespace):
                 origin.close()
 
 

@@ -1,0 +1,105 @@
+"""What is read of a held connection, and the proof that it is all of it.
+
+`probe` learns ts_recent from a segment that the socket is made to send; `read` takes everything, behind the silence;
+`verify` shows afterwards that nothing was left below and nothing moved. `saved` and `parts_of` are the form in which
+the journal keeps it, for a recovery that must send the very message again.
+"""
+
+from __future__ import annotations
+
+import time
+
+from ..core import tcp
+from ..core.endpoint import Flow
+from ..core.errors import ProtocolError, Refused
+from ..core.image import Image, encode
+from ..core.state import MAX_CARRIED, ConnectionState
+from ..kernel import repair, tcpinfo
+from ..kernel.rawpacket import Injector, Sniffer
+from ..kernel.rules import MARK
+from ..kernel.timestamps import learn_ts_recent
+from ..rehearsal import rehearse, warm_up
+from .process import OriginProcess
+
+_BELOW_EMPTY_TIMEOUT_S = 0.2
+_PROBE_TIMEOUT_S = 0.05
+_LOOK_AGAIN_S = 0.0002
+
+
+class Extraction:
+    """Of one connection of the process; made before the freeze, since its sockets take time to make."""
+
+    def __init__(self, program: OriginProcess, flow: Flow, inode: int) -> None:
+        self._program, self._flow, self._inode = program, flow, inode
+        self._sniffer: Sniffer | None = None
+        self._injector: Injector | None = None
+        self._ts_recent: int | None = None
+        self._state: ConnectionState | None = None
+        self._image: Image | None = None
+        self._rehearsed = rehearse(flow.ip_version)
+        if tcpinfo.read(program.need_socket()).options & tcp.OPT_TIMESTAMPS:
+            self._sniffer = Sniffer(flow)
+            self._injector = Injector(flow.ip_version, MARK)
+
+    def warm_up(self) -> None:
+        """Just before it counts, on what the rehearsal read."""
+        warm_up(self._rehearsed)
+
+    def probe(self) -> None:
+        if self._sniffer is not None and self._injector is not None:
+            self._ts_recent = learn_ts_recent(self._program.need_socket(), self._flow, self._sniffer, self._injector,
+                                              _PROBE_TIMEOUT_S)
+
+    def read(self, beside: int) -> ConnectionState:
+        """Behind the silence: what the kernel still sent by its timers would be unsent in the state, and the
+        destination takes no acknowledgement of what it has not sent. What it tries to send now is refused, and stays
+        unsent (net/ipv4/tcp_output.c, tcp_write_xmit). Refused where it is more than a pass carries, together with
+        the bytes `beside` it."""
+        stamps = self._sniffer.newest() if self._sniffer is not None else None
+        state = repair.read_state(self._program.need_socket(), self._program.options, self._program.is_nonblocking,
+                                  self._ts_recent, stamps[0] if stamps is not None else None)
+        if len(state.outgoing) + len(state.received) + beside > MAX_CARRIED:
+            raise Refused(f"the queues and the application's state are over {MAX_CARRIED >> 20} MiB together")
+        self._state, self._image = state, encode(state, self._inode)
+        return state
+
+    def verify(self) -> None:
+        """Nothing of ours is below any more, and nothing moved since it was read. A segment that was past the rule when
+        that was made is counted from its birth (skb_set_owner_w), so no grace period is needed."""
+        sock = self._program.need_socket()
+        deadline = time.monotonic() + _BELOW_EMPTY_TIMEOUT_S
+        while tcpinfo.bytes_below(sock):
+            if time.monotonic() > deadline:
+                raise Refused("segments of the connection are stuck in this host's output queues")
+            time.sleep(_LOOK_AGAIN_S)
+        if self._state is None or repair.sequences(sock) != (self._state.rcv_nxt, self._state.write_seq):
+            raise Refused("the connection moved while it was being passed")
+
+    @property
+    def image(self) -> Image:
+        if self._image is None:
+            raise Refused("the connection was not read")
+        return self._image
+
+    def saved(self, app_state: bytes) -> bytes:
+        """For the journal: the image's parts and the application's state, each behind its length."""
+        image = self.image
+        return b"".join(len(part).to_bytes(8, "big") + part
+                        for part in (image.inet_sk, image.tcp_stream, image.extras, app_state))
+
+    def close(self) -> None:
+        for part in (self._sniffer, self._injector):
+            if part is not None:
+                part.close()
+
+
+def parts_of(saved: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """The inverse of `saved`: inet_sk, tcp_stream, extras, the application's state."""
+    parts = []
+    while saved:
+        length = int.from_bytes(saved[:8], "big")
+        parts.append(saved[8:8 + length])
+        saved = saved[8 + length:]
+    if len(parts) != 4:
+        raise ProtocolError("the state in the journal is cut short")
+    return parts[0], parts[1], parts[2], parts[3]
