@@ -121,11 +121,13 @@ class Worker:
         self._park, self._parked, self._go = threading.Event(), threading.Event(), threading.Event()
         self._gone = False
         self._registration: Registration | None = None
+        self._told = threading.Event()
         # The peer waits for its answer: that first, and then the rest.
         threading.Thread(target=self._run, daemon=True).start()
         self._registration = (register(sock, self._quiesce, resumed=self._resumed, passed=self._passed)
                               if registered else None)
         say("serving", fd=sock.fileno(), how=how, id=pass_id)
+        self._told.set()
 
     def _run(self) -> None:
         error = None
@@ -146,6 +148,7 @@ class Worker:
                 more = self._work.step(self._sock)
         except OSError as problem:
             error = str(problem)
+        self._told.wait()  # it may end before it is told of
         if self._registration is not None:
             self._registration.close()
         self._sock.close()
@@ -169,7 +172,7 @@ class Worker:
 
 def _new_work(arguments: argparse.Namespace) -> Work:
     if arguments.kind == "rr":
-        return Answers(Responder(arguments.seed, arguments.size))
+        return Answers(Responder(arguments.seed, arguments.size, arguments.answer_size))
     if arguments.kind == "stream":
         return Streams(StreamEnd(arguments.seed + 1, arguments.send, arguments.seed, arguments.receive,
                                  rate=arguments.rate, read_rate=arguments.read_rate))
@@ -203,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--register", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--size", type=int, default=100)
+    parser.add_argument("--answer-size", type=int)
     parser.add_argument("--send", type=int, default=0)
     parser.add_argument("--receive", type=int, default=0)
     parser.add_argument("--rate", type=float)

@@ -93,7 +93,8 @@ def vdso(pid: int) -> bytes:
 
 
 def masks(pid: int) -> list[str]:
-    return [one for one in process.status_lines(pid) if one.startswith(("Sig", "Shd"))]
+    """Not SigQ, which counts the signals of all the user's processes."""
+    return [one for one in process.status_lines(pid) if one.startswith(("Sig", "Shd")) and not one.startswith("SigQ")]
 
 
 def made(pid: int, times: int = 1, patience_s: float = 5) -> list[int]:

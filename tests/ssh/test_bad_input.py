@@ -16,7 +16,7 @@ import pytest
 
 from attempt import Attempt, conversation, exchange, state
 from criu_tcpcp import __version__
-from criu_tcpcp.lab import leftovers
+from criu_tcpcp.lab import Host, leftovers
 from waiting import until
 from world import COMMAND, World
 
@@ -315,11 +315,18 @@ def test_four_commands_at_once_pass_it_once() -> None:
         assert here.release() == []
 
 
+def told_keeper(host: Host) -> bool:
+    """A message waits in the socket between the command and the keeper."""
+    rows = [line.split() for line in host.run(["ss", "-xaH"]).stdout.splitlines()]
+    return any(row[0] == "u_seq" and int(row[2]) for row in rows)
+
+
 def test_interrupted_from_the_keyboard_it_undoes() -> None:
     with conversation(register=False) as (here, peer):
         exchange(peer, b"before")
         attempt = Attempt(here, "origin:extract")
         attempt.command.send_signal(signal.SIGINT)
+        until(lambda: told_keeper(here.owner), "the command to tell the keeper", every_s=0.02)
         attempt.go_on()
         report = attempt.outcome()
         assert report is not None
