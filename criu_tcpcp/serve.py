@@ -5,6 +5,7 @@ With `images` the destination is an image directory of this host instead: `dump`
 
 One process serves one link, and on it one pass after another. A new pass begins with Stage; a Query asks about an old
 one, which another serve may still be working on: then this one waits for it (the journal's lock) before it answers.
+Between two passes it waits for some seconds: an origin that vanished says no goodbye, and nothing may be left for it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .settle import stands_here, sweep_host
 from .transport.wire import Wire
 
 _LOCK_TIMEOUT_S = 12.0
+_IDLE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def serve(images: Images | None = None) -> None:
     syscalls.name_process("tcpcp-serve")
     syscalls.forbid_core_dumps()
     wire = Wire(reading, writing)
-    hello = wire.receive(None)
+    hello = wire.receive(_IDLE_TIMEOUT_S)
     if not isinstance(hello, messages.Hello):
         raise ProtocolError("the other end did not introduce itself as criu-tcpcp")
     try:
@@ -66,8 +68,8 @@ def serve(images: Images | None = None) -> None:
     sweep_host()
     while True:
         try:
-            message = wire.receive(None)
-        except LinkError:
+            message = wire.receive(_IDLE_TIMEOUT_S)
+        except LinkError:  # its end, or silence
             return
         match message:
             case messages.Stage():
