@@ -73,6 +73,11 @@ class Host:
             raise error
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
+    def limit_run_directory(self, size: str) -> None:
+        """From now on it is a file system of its own, as /run is, of this size ("2m"): a disk that can be full. What
+        was in it is hidden."""
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", self.run_dir], check=True)
+
     def start_sshd(self) -> None:
         """Have an sshd listen on port 22 of this host. Does nothing if it does already."""
         self._ssh.start(self)

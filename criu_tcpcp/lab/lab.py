@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -156,8 +157,17 @@ def _kill(record: Record) -> None:
 
 def _delete(record: Record) -> None:
     network.destroy(_namespaces(record))
+    _unmount_below(record.directory)
     _remove_directory(record.directory)
     record.remove()
+
+
+def _unmount_below(directory: Path) -> None:
+    """What `Host.limit_run_directory` mounted. Another process may be doing the same."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        place = line.split()[1]
+        if place.startswith(f"{directory}/"):
+            subprocess.run(["umount", "--lazy", place], check=False, stderr=subprocess.DEVNULL)
 
 
 def _remove_directory(directory: Path, *, timeout_s: float = 5) -> None:

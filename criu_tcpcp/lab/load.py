@@ -137,13 +137,13 @@ def request_response(sock: socket.socket, stop: Stop, *, rate: float, size: int,
             "bytes_received": answers.offset, **stalls.to_json()}
 
 
-def bursts(sock: socket.socket, stop: Stop, *, size: int, burst: int, pause_s: float, read_rate: float | None,
-           seed: int, answer_limit_s: float = 60.0) -> dict[str, Any]:
+def bursts(sock: socket.socket, stop: Stop, *, size: int, answer_size: int, burst: int, pause_s: float,
+           read_rate: float | None, seed: int, answer_limit_s: float = 60.0) -> dict[str, Any]:
     """`burst` requests at once, and the next ones `pause_s` after the last answer; a burst of 0 has no end: requests as
     long as the socket takes them, so that with a low `read_rate` (bytes a second) all queues on the way are full."""
     requests, answers = Stream(seed), Checker(seed + 1, sha256=True)
     stalls, reading = Stalls(), Pace(read_rate)
-    sent = target = 0
+    sent = target = 0  # bytes of requests
     error: str | None = None
     due = last = time.monotonic()
     wall = time.time_ns()
@@ -154,24 +154,25 @@ def bursts(sock: socket.socket, stop: Stop, *, size: int, burst: int, pause_s: f
                 target, reading = -(-sent // size) * size, Pace(None)
             elif not burst:
                 target = sent + size
-            elif answers.offset == target and now >= due:
+            elif answers.offset == target // size * answer_size and now >= due:
                 target, last, wall = target + burst * size, now, time.time_ns()
+            wanted = target // size * answer_size
             moved = False
             if sent < target and (taken := _send(sock, requests.read(sent, min(target - sent, 1 << 16)))):
                 sent, moved = sent + taken, True
-            left = target - answers.offset
+            left = wanted - answers.offset
             if left and (allowed := reading.allowance(now, answers.offset, left)) and (data := _receive(sock, allowed)):
                 answers.feed(data)
                 moved = True
                 if answers.wrong:
                     raise PeerError(f"wrong answer: {answers.finish()}")
-                if answers.offset == target:
+                if answers.offset == wanted:
                     due = time.monotonic() + pause_s
             if moved:
                 stalls.add(int((time.monotonic() - last) * 1e9), wall)
                 last, wall = time.monotonic(), time.time_ns()
                 continue
-            if stop.asked and answers.offset == target:
+            if stop.asked and answers.offset == wanted:
                 break
             if left and now - last > answer_limit_s:
                 raise PeerError(f"nothing moved for {answer_limit_s:g} s at {sent} sent, {answers.offset} received")
@@ -184,9 +185,9 @@ def bursts(sock: socket.socket, stop: Stop, *, size: int, burst: int, pause_s: f
         _goodbye(sock)
     except (OSError, PeerError) as problem:
         error = str(problem)
-    return {"program": "burst-peer", "error": error, "requests": sent // size, "answers": answers.offset // size,
+    return {"program": "burst-peer", "error": error, "requests": sent // size, "answers": answers.offset // answer_size,
             "bytes_sent": sent, "bytes_received": answers.offset, "sha256_received": answers.sha256,
-            "sha256_expected": Stream(seed + 1).sha256(sent), **stalls.to_json()}
+            "sha256_expected": Stream(seed + 1).sha256(sent // size * answer_size), **stalls.to_json()}
 
 
 def _send(sock: socket.socket, data: bytes) -> int:
@@ -265,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         program.add_argument("--seed", type=int, default=1, help="of what this end sends; the other's is one more")
         if name == "burst-peer":
             program.add_argument("--size", type=int, default=100)
+            program.add_argument("--answer-size", type=int)
             program.add_argument("--burst", type=int, default=0, help="requests at once; 0: as many as go")
             program.add_argument("--pause", type=float, default=0.0, help="seconds between a burst's end and the next")
             program.add_argument("--read-rate", type=float, help="bytes a second to read")
@@ -291,8 +293,9 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.program != "stream-peer" else None)
     with _connect(arguments) as sock:
         if stop is not None and arguments.program == "burst-peer":
-            report = bursts(sock, stop, size=arguments.size, burst=arguments.burst, pause_s=arguments.pause,
-                            read_rate=arguments.read_rate, seed=arguments.seed)
+            report = bursts(sock, stop, size=arguments.size, answer_size=arguments.answer_size or arguments.size,
+                            burst=arguments.burst, pause_s=arguments.pause, read_rate=arguments.read_rate,
+                            seed=arguments.seed)
         elif stop is not None:
             report = request_response(sock, stop, rate=arguments.rate, size=arguments.size, seed=arguments.seed,
                                       answer_size=arguments.answer_size or arguments.size, worst=arguments.worst,
