@@ -70,7 +70,7 @@ class Destination:
         self._message: messages.Prepare | messages.Activate | None = None
         self._rehearsed: Image | None = None
         self._elapsed_ms = 0
-        self._written: int | None = None
+        self._unfenced = False
         self._delivered = False
         self._interrupted = False
         self._reason = ""
@@ -273,25 +273,28 @@ class Destination:
     def _unfence(self) -> None:
         """From here on this host hears the connection and speaks for it; its clock must be right by then."""
         sock, state, rules = self._sock, self._state, self._rules
-        if self._delivered:
+        if self._delivered or self._unfenced:
             return  # long since; this host may even have passed it on
         if state is None or rules is None:
             raise Refused("the pass was not staged")
-        if sock is not None and self._written is None:
+        if sock is not None and repair.is_in_repair(sock):
             self._restorer(sock).run(clock_steps(state, self._elapsed_ms))
         if self._merging is not None:
             self._merging.begin(state.rcv_nxt)
         rules.take_over(self.flow, self._moves)  # if this host had passed the connection away, it comes home
+        self._unfenced = True
 
     def _activate(self) -> None:
-        """Alive, and the application's. May be done again after an interruption: what is done already is left out."""
+        """Alive, and the application's. May be done again after it failed or was interrupted: what is done already is
+        left out."""
         if self._delivered:
             return
         sock, state, way = self._sock, self._state, self._graft
         if sock is None or state is None or way is None:
             raise Refused("the pass was not staged")
+        written = None if repair.is_in_repair(sock) else repair.written_since(sock, state)
         way.brace(unwritten=bool(state.unsent_bytes))
-        self._restorer(sock).run(activation_steps(state, self._written))
+        self._restorer(sock).run(activation_steps(state, written))
         way.activate(self.journal.pass_id)
         sock.close()
         self._sock = None
@@ -400,8 +403,6 @@ class Destination:
             state = fitted(state, {name: value for name, value in own.items() if name not in _FORCED},
                            left.sock.family == socket.AF_INET6)
             self._state = state
-        if not repair.is_in_repair(left.sock):
-            self._written = repair.written_since(left.sock, state)
 
     def close(self) -> None:
         for part in (self._sock, self._graft, self._merging, self._injector, self._rules):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,41 @@ from world import COMMAND, PORT, World, world
 class Attempt:
     """A pass under way, which is stopped at one step."""
 
-    def __init__(self, here: World, step: str, *extra: str, argv: list[str] | None = None) -> None:
-        """`argv`: another command than a pass to the other host; all of its processes are on the origin's."""
+    def __init__(self, here: World, step: str, *extra: str, argv: list[str] | None = None, fails_with: str = "",
+                 also: str = "") -> None:
+        """`argv`: another command than a pass to the other host; all of its processes are on the origin's.
+        `fails_with`: the step does not stop, it fails with this errno. `also`: a later point at which to stop, on
+        whichever side."""
         self.here = here
-        side, _, _action = step.partition(":")
-        environment = {"CRIU_TCPCP_STOP_AT": step} if side == "origin" or argv else {}
-        options = [] if side == "origin" else ["--remote-command", f"env 'CRIU_TCPCP_STOP_AT={step}' {COMMAND}"]
+        stops = [point for point in ("" if fails_with else step, also) if point]
+        wanted = {"CRIU_TCPCP_STOP_AT": ",".join(stops), "CRIU_TCPCP_FAIL_AT": f"{step}={fails_with}"}
+        variables = {name: value for name, value in wanted.items() if value and not value.endswith("=")}
+        at_origin = step.startswith("origin:")
+        environment = variables if at_origin or argv or also else {}
+        options = []
+        if not at_origin or also:
+            quoted = " ".join(f"'{name}={value}'" for name, value in variables.items())
+            options = ["--remote-command", f"env {quoted} {COMMAND}"]
         self.command = here.owner.spawn(argv or here.pass_argv(*options, *extra, "--max-stall", "10000"),
                                         env=environment,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        name = "tcpcp-keeper" if side == "origin" else "tcpcp-serve"
-        until(lambda: self._stopped(name), f"{name} to stop at {step}", every_s=0.02)
+        name = "tcpcp-keeper" if at_origin else "tcpcp-serve"
+        if not fails_with:
+            until(lambda: self._stopped(name), f"{name} to stop at {step}", every_s=0.02)
 
     def _stopped(self, name: str) -> bool:
         assert self.command.poll() is None, self.command.communicate()
         found = self.find(name)
         return bool(found) and state(found[0]) == "T"
+
+    def stopped(self) -> list[int]:
+        """Processes of ours that stand at a step."""
+        pids = [self.command.pid, *self.find("tcpcp-keeper"), *self.find("tcpcp-serve")]
+        return [pid for pid in pids if state(pid) == "T"]
+
+    def works(self) -> bool:
+        """Something of it may still come to a step."""
+        return self.command.poll() is None or bool(self.find("tcpcp-keeper"))
 
     def find(self, name: str) -> list[int]:
         """Processes of this lab by what they call themselves."""
@@ -57,7 +76,8 @@ class Attempt:
             self.here.nodes[self.here.other.name].end()
         else:
             for pid in self.find(f"tcpcp-{victim}"):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
 
     def go_on(self) -> None:
         for name in ("tcpcp-keeper", "tcpcp-serve"):
@@ -78,7 +98,7 @@ def state(pid: int) -> str:
         return ""
 
 
-@contextmanager
+@contextlib.contextmanager
 def conversation(**options: Any) -> Iterator[tuple[World, socket.socket]]:
     with world("echo", **options) as here, here.lab.peer.enter(), \
             socket.create_connection((str(here.lab.origin.address(here.version)), PORT), timeout=20) as peer:

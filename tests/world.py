@@ -306,9 +306,13 @@ class World:
         for node in self.nodes.values():
             node.end()
         for host in (self.lab.origin, self.lab.destination):
-            now = [line for line in leftovers(host) if "apps" not in line and line != "file d passes"]
-            left += [f"{host.name}: {line}" for line in now if line not in self.clean[host.name]]
+            left += [f"{host.name}: {line}" for line in self.left_at(host)]
         return left
+
+    def left_at(self, host: Host) -> list[str]:
+        """What a pass has left there, in files, rules, routes and processes."""
+        now = [line for line in leftovers(host) if "apps" not in line and line != "file d passes"]
+        return [line for line in now if line not in self.clean[host.name]]
 
 
 def _users(listed: str) -> list[tuple[int, int]]:

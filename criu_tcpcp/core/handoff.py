@@ -143,6 +143,7 @@ class DestinationState(enum.StrEnum):
     CHECKING = "checking"
     DECIDING = "deciding"
     COMMITTED = "committed"
+    RETRYING = "committed, activation tried again"
     ACTIVE = "active"
     ABORTED = "aborted"
     LOST = "lost"
@@ -183,6 +184,7 @@ def _origin_table() -> _OriginTable:
         (_O.OFFERING, _E.DONE): Transition(_O.OFFERED, (_A.FENCE, _A.PIN, _A.SEND_COMMIT)),
         (_O.OFFERED, _E.DONE): Transition(_O.OFFERED),
         (_O.OFFERED, _E.COMMITTED): Transition(_O.COMMITTED, take_leave),
+        (_O.OFFERED, _E.ACTIVE): Transition(_O.DONE, (*take_leave, *done)),  # what said Committed failed there at first
         (_O.OFFERED, _E.ABORTED): given_back,
         (_O.COMMITTED, _E.DONE): Transition(_O.COMMITTED),
         (_O.COMMITTED, _E.ACTIVE): Transition(_O.DONE, done),
@@ -253,7 +255,10 @@ def _destination_table() -> _DestinationTable:
         (_D.DECIDING, _E.DECIDED_COMMITTED): Transition(_D.COMMITTED, (_A.UNFENCE, _A.SEND_COMMITTED, *activate)),
         (_D.DECIDING, _E.DECIDED_ABORTED): Transition(_D.ABORTED, (_A.DISCARD, _A.SEND_ABORTED)),
         (_D.COMMITTED, _E.DONE): Transition(_D.ACTIVE, (_A.SEND_ACTIVE,)),
-        (_D.COMMITTED, _E.FAILED): Transition(_D.LOST, (_A.WRITE_LOST, _A.DISCARD, _A.SEND_LOST)),
+        # It cannot live elsewhere any more: what failed once, for want of memory perhaps, is tried once more.
+        (_D.COMMITTED, _E.FAILED): Transition(_D.RETRYING, (_A.UNFENCE, *activate)),
+        (_D.RETRYING, _E.DONE): Transition(_D.ACTIVE, (_A.SEND_ACTIVE,)),
+        (_D.RETRYING, _E.FAILED): Transition(_D.LOST, (_A.WRITE_LOST, _A.DISCARD, _A.SEND_LOST)),
         (_D.ASKED, _E.DECIDED_ABORTED): Transition(_D.ABORTED, (_A.DISCARD, _A.SEND_ABORTED)),
         (_D.ASKED, _E.DECIDED_COMMITTED): Transition(_D.INTERRUPTED, (_A.SEND_COMMITTED,)),
         (_D.ASKED, _E.DECIDED_ACTIVE): Transition(_D.ACTIVE, (_A.SEND_ACTIVE,)),
@@ -273,7 +278,7 @@ def _destination_table() -> _DestinationTable:
     for event in (_E.ABORT, _E.LINK_LOST, _E.TIMEOUT, _E.CANCEL, _E.FAILED):
         table[_D.PREPARED, event] = refuse
     for event in (_E.LINK_LOST, _E.TIMEOUT):
-        for state in (_D.COMMITTED, _D.ACTIVE, _D.ABORTED, _D.LOST):
+        for state in (_D.COMMITTED, _D.RETRYING, _D.ACTIVE, _D.ABORTED, _D.LOST):
             table[state, event] = Transition(state)
     return table
 
