@@ -61,7 +61,7 @@ class Attempt:
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and (entry / "comm").read_text().strip() == name \
+                if entry.name.isdigit() and (entry / "comm").read_bytes().strip() == name.encode() \
                         and os.stat(entry / "ns/net").st_ino in wanted:
                     found.append(int(entry.name))
             except OSError:

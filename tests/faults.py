@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -148,10 +149,10 @@ def _link_stalled(scene: Scene) -> Iterator[None]:
     table = "table inet stalled { chain input { type filter hook input priority 0; tcp dport 22 drop; }; }"
     destination = scene.here.lab.destination
     destination.run(["nft", "-f", "-"], input=table)
+    lifting = threading.Timer(_STALL_S, destination.run, (["nft", "delete", "table", "inet", "stalled"],))
+    lifting.start()
     yield
-    deadline = time.monotonic() + _STALL_S
-    until(lambda: time.monotonic() > deadline or scene.attempt.command.poll() is not None, every_s=0.05)
-    destination.run(["nft", "delete", "table", "inet", "stalled"])
+    lifting.join()
 
 
 @contextlib.contextmanager
@@ -189,7 +190,9 @@ def play(case: Case) -> Outcome:
         here = World(lab, "rr", node_options=load.node, captured=load.captured)
         peer = Peer(here, *load.peer, "--until-eof")
         errno_name = "EIO" if case.fault == "errno" else ""
-        scene = Scene(case, here, peer, Attempt(here, case.step, fails_with=errno_name, also=case.then or ""))
+        # Doubt lasts as long as the fault: that it may cost the connection is another test's affair.
+        attempt = Attempt(here, case.step, "--doubt-limit", "30", fails_with=errno_name, also=case.then or "")
+        scene = Scene(case, here, peer, attempt)
         with FAULTS[case.fault](scene):
             scene.attempt.go_on()
             _kill_who_stops_again(scene)
@@ -290,9 +293,9 @@ def _cleaned(scene: Scene, host: Host) -> None:
     left: list[str] = []
 
     def is_clean() -> bool:
-        for line in host.run([COMMAND, "passes", "--json"]).stdout.splitlines():
-            force = ["--force"] if scene.gone | scene.dead else []
-            host.run([COMMAND, "release", json.loads(line)["id"], *force], check=False)
+        host.run([COMMAND, "release"])
+        for line in host.run([COMMAND, "passes", "--json"]).stdout.splitlines() if scene.gone | scene.dead else ():
+            host.run([COMMAND, "release", json.loads(line)["id"], "--force"], check=False)
         left[:] = scene.here.left_at(host)
         return not left
     try:

@@ -1,10 +1,5 @@
-"""Whatever dies before the commit, the origin process keeps a working connection; what dies after it is settled.
-
-One test a step and victim (`./dev test --all`; in every run, some of them): the process that is at the step stops
-itself just before it (CRIU_TCPCP_STOP_AT), the victim is ended, and everything goes on. Then the peer and the origin
-program still talk, nothing is stopped, the peer could not tell, and after `release` nothing is left. What was held when
-its holder died is lost, as on any path, and sent again: that is counted, not judged.
-"""
+"""In doubt: what stands still, for how long, who may decide, and what it costs. (Faults at every step are
+test_fault_matrix.py's.)"""
 
 from __future__ import annotations
 
@@ -12,100 +7,14 @@ import json
 import os
 import signal
 import socket
-from typing import Any
 
 import pytest
 
 from attempt import Attempt, conversation, exchange, state
-from criu_tcpcp.core import handoff
-from criu_tcpcp.core.handoff import Action
 from waiting import until
 from world import COMMAND, World
 
 pytestmark = pytest.mark.root
-
-ORIGIN_BEFORE_OFFER = [*handoff.ORIGIN[handoff.OriginState.READY, handoff.Event.START].actions,
-                       *handoff.ORIGIN[handoff.OriginState.PREPARED, handoff.Event.PREPARED].actions]
-DESTINATION_BEFORE_COMMIT = [Action.RESTORE, Action.GRAFT, Action.WRITE_PREPARED, Action.SEND_PREPARED]
-VICTIMS = ["command", "keeper", "link", "serve", "receiver"]
-
-
-BEFORE_COMMIT = [*(f"origin:{action.value}" for action in ORIGIN_BEFORE_OFFER),
-                 *(f"destination:{action.value}" for action in DESTINATION_BEFORE_COMMIT)]
-
-
-def cases(steps: list[str], victims: list[str], often: int) -> list[Any]:
-    """Every victim at every step; `often` of them in every run, in turn, and the others in `./dev test --all`."""
-    return [pytest.param(step, victim, id=f"{step}-{victim}",
-                         marks=() if (turn - number) % len(victims) < often else pytest.mark.long)
-            for number, step in enumerate(steps) for turn, victim in enumerate(victims)]
-
-
-@pytest.mark.parametrize(("step", "victim"), cases(BEFORE_COMMIT, VICTIMS, 2))
-def test_before_the_commit_the_origin_keeps_a_working_connection(step: str, victim: str) -> None:
-    with conversation(register=step == "origin:quiesce") as (here, peer):
-        exchange(peer, b"before")
-        attempt = Attempt(here, step)
-        attempt.kill(victim)
-        attempt.go_on()
-        report = attempt.outcome()
-        if report is not None:
-            assert report["owner"] == "origin", report
-            assert report["exit"] in (1, 3), report
-        until(lambda: not attempt.find("tcpcp-keeper") and not attempt.find("tcpcp-serve"), "the tool to end",
-              every_s=0.02)
-        exchange(peer, b"after")
-        assert state(here.node.process.pid) in ("S", "R")
-        peer.shutdown(socket.SHUT_WR)
-        assert peer.recv(1) == b""
-        here.prove(passes=0, loss_free=False)
-        left = here.release()
-        assert left == [], "\n".join(left)
-
-
-ORIGIN_AFTER_OFFER = [*handoff.ORIGIN[handoff.OriginState.OFFERING, handoff.Event.DONE].actions,
-                      *handoff.ORIGIN[handoff.OriginState.OFFERED, handoff.Event.COMMITTED].actions,
-                      *handoff.ORIGIN[handoff.OriginState.COMMITTED, handoff.Event.ACTIVE].actions]
-DESTINATION_AFTER_OFFER = [
-    *handoff.DESTINATION[handoff.DestinationState.PREPARED, handoff.Event.COMMIT].actions,
-    *handoff.DESTINATION[handoff.DestinationState.CHECKING, handoff.Event.DONE].actions,
-    *handoff.DESTINATION[handoff.DestinationState.DECIDING, handoff.Event.DECIDED_COMMITTED].actions,
-    *handoff.DESTINATION[handoff.DestinationState.COMMITTED, handoff.Event.DONE].actions]
-
-
-AFTER_OFFER = [*(f"origin:{action.value}" for action in ORIGIN_AFTER_OFFER),
-               *(f"destination:{action.value}" for action in DESTINATION_AFTER_OFFER)]
-
-
-@pytest.mark.parametrize(("step", "victims"), cases(
-    AFTER_OFFER, ["keeper", "serve", "link", "command+keeper", "keeper+serve"], 1))
-def test_after_the_offer_the_pass_is_settled_with_one_owner(step: str, victims: str) -> None:
-    with conversation(register=False) as (here, peer):
-        exchange(peer, b"before")
-        attempt = Attempt(here, step)
-        for victim in victims.split("+"):
-            attempt.kill(victim)
-        attempt.go_on()
-        report = attempt.outcome()
-        until(lambda: not attempt.find("tcpcp-keeper"), "the keeper to end", every_s=0.02)
-        settled = here.owner.run([COMMAND, "resolve", "--json"], check=False)
-        assert "Traceback" not in settled.stderr, settled.stderr
-        owners = {json.loads(line)["owner"] for line in settled.stdout.splitlines()}
-        if report is not None and report["owner"] != "unknown":
-            owners.add(report["owner"])
-        exchange(peer, b"after")
-        if here.nodes[here.other.name].count("serving"):
-            here.owner = here.other
-        assert owners <= {"destination" if here.owner is here.lab.destination else "origin"}, (report, settled)
-        states = {name: state(node.process.pid) for name, node in here.nodes.items()}
-        assert set(states.values()) <= {"S", "R"}, (states, report, settled)
-        peer.shutdown(socket.SHUT_WR)
-        assert peer.recv(1) == b""
-        here.node.wait_for("end")
-        until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
-        here.prove(passes=int(here.owner is here.lab.destination), loss_free=False)
-        left = here.release()
-        assert left == [], "\n".join(left)
 
 
 def cut_off(here: World, attempt: Attempt) -> None:
