@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +122,82 @@ def test_a_committed_pass_is_settled_though_its_origin_process_has_gone() -> Non
         here.prove(passes=1, loss_free=False)
         left = here.release()
         assert left == [], "\n".join(left)
+
+
+def rebooted(directory: Path) -> str:
+    """A shell command line that runs the tool as after a reboot: the kernel's boot id is another one."""
+    boot_id = directory / "boot_id"
+    boot_id.write_text("00000000-0000-4000-8000-000000000000\n")
+    mount = f"mount --bind {boot_id} /proc/sys/kernel/random/boot_id"
+    return f'exec unshare --mount sh -c \'{mount} && exec "$0" "$@"\' {COMMAND}'
+
+
+def test_a_destination_that_was_rebooted_does_not_have_it(tmp_path: Path) -> None:
+    """It may have committed before: what it had is gone with its kernel, and the origin still has everything."""
+    tool = tmp_path / "tool"
+    tool.write_text(f'#!/bin/sh\nexec {COMMAND} "$@"\n')
+    tool.chmod(0o755)
+    with conversation(register=False) as (here, peer):
+        exchange(peer, b"before")
+        destination, pid = here.lab.destination, here.node.process.pid
+        attempt = Attempt(here, "origin:send commit", "--remote-command", str(tool))
+        for victim in ("command", "keeper", "serve", "receiver"):
+            attempt.kill(victim)
+        tool.write_text(f'#!/bin/sh\n{rebooted(tmp_path)} "$@"\n')
+        destination.run(["nft", "flush", "ruleset"])
+        destination.run(["ip", "rule", "del", "pref", "90"])
+        destination.run(["ip", "route", "flush", "table", "31900"])
+        shutil.rmtree(destination.run_dir / "passes")
+        settled = json.loads(here.owner.run([COMMAND, "resolve", "--json"], check=False).stdout)
+        assert (settled["owner"], settled["exit"]) == ("origin", 1), settled
+        assert state(pid) in ("S", "R")
+        exchange(peer, b"after")
+        peer.shutdown(socket.SHUT_WR)
+        assert peer.recv(1) == b""
+        here.prove(passes=0, loss_free=False)
+        assert here.release() == []
+
+
+def test_an_origin_that_was_rebooted_has_only_the_record_left(tmp_path: Path) -> None:
+    """Where the run directory outlives the kernel: there is nothing to give back, and nobody to ask for it."""
+    with conversation(register=False) as (here, peer):
+        exchange(peer, b"before")
+        origin = here.lab.origin
+        attempt = Attempt(here, "origin:send commit")
+        for victim in ("command", "keeper"):
+            attempt.kill(victim)
+        here.node.process.kill()
+        origin.run(["nft", "flush", "ruleset"])
+        tool = ["sh", "-c", f'{rebooted(tmp_path)} "$@"', "sh"]
+        (known,) = map(json.loads, origin.run([*tool, "passes", "--json"]).stdout.splitlines())
+        assert known["state"] == "of an earlier boot"
+        settled = origin.run([*tool, "resolve", known["id"], "--json"], check=False)
+        assert (json.loads(settled.stdout)["owner"], settled.returncode) == ("none", 5), settled
+        until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
+        assert origin.run([*tool, "release", known["id"], "--force"]).stdout == f"released {known['id']} (origin)\n"
+        assert origin.run([*tool, "passes", "--json"]).stdout == ""
+
+
+def test_two_that_settle_the_same_pass_do_not_meet() -> None:
+    with conversation(register=False) as (here, peer):
+        exchange(peer, b"before")
+        origin = here.lab.origin
+        attempt = Attempt(here, "origin:send commit")
+        for victim in ("command", "keeper"):
+            attempt.kill(victim)
+        first = origin.spawn([COMMAND, "resolve", "--json"], env={"CRIU_TCPCP_STOP_AT": "resolve:send query"},
+                             stdout=subprocess.PIPE, text=True)
+        until(lambda: state(first.pid) == "T", "the first to stop before it asks", every_s=0.02)
+        (known,) = map(json.loads, origin.run([COMMAND, "passes", "--json"]).stdout.splitlines())
+        second = origin.run([COMMAND, "resolve", known["id"]], check=False)
+        assert second.returncode == 6
+        assert second.stderr.count("\n") == 1
+        assert "another process is settling" in second.stderr
+        first.send_signal(signal.SIGCONT)
+        assert json.loads(first.communicate(timeout=60)[0])["owner"] == "origin"
+        assert origin.run([COMMAND, "resolve"]).stdout == "no pass is in doubt\n"
+        exchange(peer, b"after")
+        until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
+        peer.shutdown(socket.SHUT_WR)
+        assert peer.recv(1) == b""
+        assert here.release() == []
