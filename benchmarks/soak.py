@@ -3,22 +3,53 @@
     ./dev soak [--seconds 600] [--passes 20] [--ip 4|6]
 
 Round after round: a fresh pair of hosts, a peer that asks 1000 times a second, `--passes` passes there and as many
-back, then every wire assertion over the captures and a look for leftovers. Ends with one line of figures, or at the
-first round that is not clean, with what was wrong; its captures are kept then.
+back, then every wire assertion over the captures and a look for leftovers. Between the tenth part of a round and its
+end, the programs that live through it must not have one descriptor more, nor 1 % more memory. Ends with one line of
+figures, or at the first round that is not clean, with what was wrong; its captures are kept then.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from world import Peer, world
+
+#: Memory that a program takes once and keeps, whatever it does: pages of its allocator.
+_PAGES = 64 * 4096
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a process: open descriptors, and bytes in memory."""
+
+    descriptors: int
+    memory: int
+
+    @classmethod
+    def of(cls, pid: int) -> Size:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return cls(len(list(Path(f"/proc/{pid}/fd").iterdir())), pages * os.sysconf("SC_PAGESIZE"))
+
+
+def growth(before: dict[str, Size], after: dict[str, Size]) -> list[str]:
+    """What has grown."""
+    found = []
+    for name, old in before.items():
+        new = after[name]
+        if new.descriptors > old.descriptors:
+            found.append(f"{name}'s program has {new.descriptors} descriptors, and had {old.descriptors}")
+        if new.memory > old.memory * 1.01 + _PAGES:
+            found.append(f"{name}'s program has {new.memory >> 10} KiB, and had {old.memory >> 10}")
+    return found
 
 
 def one_round(passes: int, version: int) -> tuple[int, float, list[str]]:
@@ -26,10 +57,14 @@ def one_round(passes: int, version: int) -> tuple[int, float, list[str]]:
     with world("rr", version=version) as here:
         before = here.counters()
         peer = Peer(here, "rr-peer", "--rate", "1000", "--until-eof")
-        for _ in range(2 * passes):
+        warm: dict[str, Size] = {}
+        for number in range(2 * passes):
             here.pass_once()
+            if number == passes // 5 | 1:  # at the host at which it ends
+                warm = {name: Size.of(node.process.pid) for name, node in here.nodes.items()}
+        wrong = growth(warm, {name: Size.of(node.process.pid) for name, node in here.nodes.items()})
         report = peer.finish()
-        wrong = [str(report["error"])] if report["error"] else []
+        wrong += [str(report["error"])] if report["error"] else []
         here.node.wait_for("end")
         wrong += [str(one) for one in here.verdict(before).violations]
         if wrong:

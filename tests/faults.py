@@ -30,20 +30,25 @@ from criu_tcpcp.lab import Host, Lab, processes
 from waiting import until
 from world import COMMAND, Peer, World
 
-_O, _D = handoff.ORIGIN, handoff.DESTINATION
-#: The way of a pass that goes well, in order, side by side.
-BEFORE_OFFER = tuple(f"origin:{action.value}" for key in (
-    (OriginState.READY, Event.START), (OriginState.PREPARED, Event.PREPARED)) for action in _O[key].actions)
-AFTER_OFFER = tuple(f"origin:{action.value}" for key in (
-    (OriginState.OFFERING, Event.DONE), (OriginState.OFFERED, Event.COMMITTED), (OriginState.COMMITTED, Event.ACTIVE))
-    for action in _O[key].actions)
-BEFORE_COMMIT = tuple(f"destination:{action.value}" for key in (
-    (DestinationState.READY, Event.PREPARE), (DestinationState.PREPARING, Event.DONE),
-    (DestinationState.PREPARED, Event.COMMIT), (DestinationState.CHECKING, Event.DONE)) for action in _D[key].actions)
-AFTER_COMMIT = tuple(f"destination:{action.value}" for key in (
-    (DestinationState.DECIDING, Event.DECIDED_COMMITTED), (DestinationState.COMMITTED, Event.DONE))
-    for action in _D[key].actions)
-STEPS = (*BEFORE_OFFER, *BEFORE_COMMIT, *AFTER_COMMIT, *AFTER_OFFER)
+
+def _points(side: str, table: Any, *keys: Any) -> list[str]:
+    return [f"{side}:{action.value}" for key in keys for action in table[key].actions]
+
+
+_READING = _points("origin", handoff.ORIGIN, (OriginState.READY, Event.START))
+_SENT = _READING.index("origin:send prepare") + 1
+#: The way of a pass that goes well, in the order in which it is gone. What the other side does meanwhile stands behind.
+STEPS = (
+    *_READING[:_SENT],
+    *_points("destination", handoff.DESTINATION, (DestinationState.READY, Event.PREPARE),
+             (DestinationState.PREPARING, Event.DONE)),
+    *_READING[_SENT:],
+    *_points("origin", handoff.ORIGIN, (OriginState.PREPARED, Event.PREPARED), (OriginState.OFFERING, Event.DONE)),
+    *_points("destination", handoff.DESTINATION, (DestinationState.PREPARED, Event.COMMIT),
+             (DestinationState.CHECKING, Event.DONE), (DestinationState.DECIDING, Event.DECIDED_COMMITTED),
+             (DestinationState.COMMITTED, Event.DONE)),
+    *_points("origin", handoff.ORIGIN, (OriginState.OFFERED, Event.COMMITTED), (OriginState.COMMITTED, Event.ACTIVE)),
+)
 
 
 @dataclass(frozen=True)

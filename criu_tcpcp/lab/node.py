@@ -152,6 +152,8 @@ class Worker:
         if self._registration is not None:
             self._registration.close()
         self._sock.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
         say("gone" if self._gone else "end", error=error or self._work.fault())
 
     def _quiesce(self) -> bytes:
