@@ -6,6 +6,10 @@ somebody's ~/.bashrc before every command. So it gets a private mount namespace,
 that directory, and a passwd and a shadow file of its own. A remote command is to see what every other process of the
 lab sees: ForceCommand takes it back to the file system of the process that made the lab. Keys are the lab's own, made
 when the first server starts; ~/.ssh is neither read nor written.
+
+Each server has a second port, DOOR_PORT, which is as an administrator would have set it up: a key may do what its line
+says (`Ssh.force`). A command there stays in sshd's own file system, with the lab's accounts: those of the machine, and
+DOOR_USER, who is nobody else's.
 """
 
 from __future__ import annotations
@@ -22,17 +26,21 @@ if TYPE_CHECKING:
     from .host import Host
 
 _SSHD = "/usr/sbin/sshd"
+DOOR_PORT = 2222
+DOOR_USER, _DOOR_UID = "tcpcp-door", 63999
 
-# $1 and $2 the files for /etc/passwd and /etc/shadow, $3 the configuration. OpenSSH 9.8 began to shut out addresses
-# after failed logins (PerSourcePenalties), which are what some tests are about; an older one does not know the word,
-# and would not start.
+# $1 the directory with the files for /etc, $2 the configuration. Not every machine has sudo. OpenSSH 9.8 began to shut
+# out addresses after failed logins (PerSourcePenalties), which are what some tests are about; an older one does not
+# know the word, and would not start.
 _START = f"""
-mount --bind "$1" /etc/passwd && mount --bind "$2" /etc/shadow || exit
+for file in passwd shadow group sudoers; do
+    [ ! -e "/etc/$file" ] || mount --bind "$1/$file" "/etc/$file" || exit
+done
 mount -t tmpfs -o mode=755 tmpfs /run && mkdir -m 755 /run/sshd || exit
-if {_SSHD} -t -f "$3" -o PerSourcePenalties=no 2>/dev/null; then
-    exec {_SSHD} -D -e -f "$3" -o PerSourcePenalties=no
+if {_SSHD} -t -f "$2" -o PerSourcePenalties=no 2>/dev/null; then
+    exec {_SSHD} -D -e -f "$2" -o PerSourcePenalties=no
 fi
-exec {_SSHD} -D -e -f "$3"
+exec {_SSHD} -D -e -f "$2"
 """
 
 
@@ -41,6 +49,7 @@ class Ssh:
 
     def __init__(self, directory: Path, creator_pid: int) -> None:
         self._directory = directory / "ssh"
+        self._forced = directory / "forced"               # sshd reads them as the user who logs in
         self._creator_pid = creator_pid
         self.key = self._directory / "id_ed25519"
         self.known_hosts = self._directory / "known_hosts"
@@ -58,13 +67,28 @@ class Ssh:
         log = self._directory / f"{host.name}.log"
         with log.open("wb") as output:
             server = host.spawn(["unshare", "--mount", "--propagation", "slave", "sh", "-c", _START, "sshd",
-                                 self._directory / "passwd", self._directory / "shadow", self._server_config(host)],
+                                 self._directory, self._server_config(host)],
                                 stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         deadline = time.monotonic() + timeout_s
         while not self._runs(host):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"sshd of {host.name} does not start: {log.read_text(errors='replace').strip()}")
             time.sleep(0.002)
+
+    def force(self, host: Host, user: str, line: str) -> Path:
+        """A new key with which `user` may log in at `host`'s DOOR_PORT and do what `line`, in front of the key in
+        authorized_keys, says; the file of its private half."""
+        number = len(list(self._directory.glob("forced-*.pub")))
+        key = self._directory / f"forced-{number}"
+        _generate_key(key)
+        keys = self._forced / f"{host.name}-{user}"
+        with keys.open("a") as authorized:
+            authorized.write(f"{line} {key.with_suffix('.pub').read_text()}")
+        return key
+
+    def allow_sudo(self, lines: str) -> None:
+        """What sudoers says from now on, at every host."""
+        (self._directory / "sudoers").write_text(lines)
 
     def _runs(self, host: Host) -> bool:
         """sshd writes its pid when it listens."""
@@ -80,6 +104,7 @@ class Ssh:
     def _prepare(self) -> None:
         """What all hosts share."""
         self._directory.mkdir(mode=0o700)
+        self._forced.mkdir(mode=0o755)
         self._write_accounts()
         # ssh takes the first value it finds, so the hosts' names can follow what holds for all.
         self.config.write_text(f"Host *\n    User root\n    IdentityFile {self.key}\n    IdentitiesOnly yes\n"
@@ -93,16 +118,21 @@ class Ssh:
         _generate_key(key)
         kind, public = key.with_suffix(".pub").read_text().split()[:2]
         with self.known_hosts.open("a") as known:
-            known.write(f"{host.name},{host.ipv4},{host.ipv6} {kind} {public}\n")
+            known.write(f"{host.name},{host.ipv4},{host.ipv6},[{host.ipv4}]:{DOOR_PORT} {kind} {public}\n")
         with self.config.open("a") as config:
             config.write(f"Host {host.name}\n    HostName {host.ipv4}\n")
 
     def _write_accounts(self) -> None:
         """The machine's accounts, but root with the plain shell; and root with no password, which is not locked."""
         accounts = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
-        (self._directory / "passwd").write_text("".join(
-            ":".join([*fields[:-1], "/bin/sh"] if fields[0] == "root" else fields) + "\n" for fields in accounts))
-        (self._directory / "shadow").write_text("root:*:19000:0:99999:7:::\n")
+        door = [DOOR_USER, "x", str(_DOOR_UID), str(_DOOR_UID), "", "/", "/bin/sh"]
+        files = {"passwd": "".join(":".join([*fields[:-1], "/bin/sh"] if fields[0] == "root" else fields) + "\n"
+                                   for fields in [*accounts, door]),
+                 "shadow": "".join(f"{name}:*:19000:0:99999:7:::\n" for name in ("root", DOOR_USER)),
+                 "group": Path("/etc/group").read_text() + f"{DOOR_USER}:x:{_DOOR_UID}:\n", "sudoers": ""}
+        for name, text in files.items():
+            (self._directory / name).write_text(text)
+        (self._directory / "sudoers").chmod(0o440)
 
     def _server_config(self, host: Host) -> Path:
         # sshd sets PATH first and SetEnv's variables later, so ours wins.
@@ -113,6 +143,7 @@ class Ssh:
         path = self._directory / f"{host.name}-sshd_config"
         path.write_text("\n".join([
             "Port 22",
+            f"Port {DOOR_PORT}",
             "ListenAddress 0.0.0.0",
             "ListenAddress ::",
             f"HostKey {self._directory}/{host.name}-host-key",
@@ -134,6 +165,10 @@ class Ssh:
             f"SetEnv {variables}",
             # --root too: the lab's maker may be in a chroot. Its root is the directory to start in, until the `cd`.
             f"ForceCommand exec nsenter -t {maker} --mount --root --wd=/proc/{maker}/root -- /bin/sh -c {command}",
+            f"Match LocalPort {DOOR_PORT}",
+            "ForceCommand none",
+            "PermitRootLogin forced-commands-only",
+            f"AuthorizedKeysFile {self._forced}/{host.name}-%u",
             ""]))
         return path
 

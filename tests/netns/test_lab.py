@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -18,6 +19,7 @@ import pytest
 from criu_tcpcp.core.errors import KernelError
 from criu_tcpcp.kernel import netns
 from criu_tcpcp.lab import Host, Lab, leftovers, network, record
+from criu_tcpcp.lab.sshd import DOOR_PORT, DOOR_USER
 
 pytestmark = pytest.mark.root
 
@@ -166,9 +168,23 @@ def test_sshd_starts_again_with_the_same_key(lab: Lab) -> None:
 
 
 def test_sshd_that_cannot_start_says_why(lab: Lab) -> None:
-    with lab.origin.enter(), socket.create_server(("0.0.0.0", 22)), socket.create_server(("::", 22), family=10), \
-            pytest.raises(RuntimeError, match="Address already in use"):
-        lab.origin.start_sshd()
+    with lab.origin.enter(), contextlib.ExitStack() as taken:
+        for port in (22, DOOR_PORT):
+            taken.enter_context(socket.create_server(("0.0.0.0", port)))
+            taken.enter_context(socket.create_server(("::", port), family=socket.AF_INET6))
+        with pytest.raises(RuntimeError, match="Address already in use"):
+            lab.origin.start_sshd()
+
+
+def test_a_forced_command_is_all_that_its_key_can_do(lab: Lab) -> None:
+    lab.destination.start_sshd()
+    key = lab.ssh.force(lab.destination, DOOR_USER, 'restrict,command="id -un; echo $SSH_ORIGINAL_COMMAND"')
+    ssh = ["ssh", "-p", str(DOOR_PORT), "-o", f"UserKnownHostsFile={lab.ssh.known_hosts}", "-o", "BatchMode=yes", "-i"]
+    done = lab.origin.run([*ssh, key, f"{DOOR_USER}@{lab.destination.ipv4}", "cat /etc/shadow"])
+    assert done.stdout == f"{DOOR_USER}\ncat /etc/shadow\n"
+    for user, other in (("root", key), ("root", lab.ssh.key), (DOOR_USER, lab.ssh.key)):
+        done = lab.origin.run([*ssh, other, f"{user}@{lab.destination.ipv4}"], check=False)
+        assert "Permission denied" in done.stderr
 
 
 def test_teardown_leaves_nothing(lab: Lab) -> None:
