@@ -1,7 +1,8 @@
 """What this host can do, tried on the real thing: each feature is one function that does it and undoes it.
 
 Kernel versions are never compared: a vendor's kernel has what it has. `check` runs them in a network namespace of its
-own, so that nothing of the host is touched; `check --host` lets the other host do the same, through its `serve`.
+own, so that nothing of the host is touched; `check --host` lets the other host do the same, through its `serve`. One
+that may not make a namespace tries them in the host's, where each takes away what it made.
 """
 
 from __future__ import annotations
@@ -87,11 +88,15 @@ def _grace() -> None:
 
 
 def _stop() -> None:
+    reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
+        syscalls.allow_tracing()  # serve forbids it
+        os.write(writing, b"!")
         while True:
             os.sched_yield()
     try:
+        os.read(reading, 1)
         tracee = Tracee(pid)
         tracee.stop(1)
         tracee.resume()
@@ -99,6 +104,8 @@ def _stop() -> None:
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
+        os.close(reading)
+        os.close(writing)
 
 
 def _images() -> None:
@@ -132,19 +139,24 @@ _FEATURES: dict[str, tuple[str, bool, Callable[[], None]]] = {
 
 
 def check(only: str | None = None) -> list[Feature]:
-    """Try them. UsageError for a name that is none."""
-    if only is not None and only not in _FEATURES:
-        raise UsageError(f"there is no feature {only!r}", hint="one of " + ", ".join(_FEATURES))
+    """Try them as root. UsageError for a name that is none."""
     if os.geteuid() != 0:
         raise Refused("root is needed (CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_PTRACE)", hint="run it with sudo")
-    return [Feature(name, meaning, required, _problem(attempt))
-            for name, (meaning, required, attempt) in _FEATURES.items() if only in (None, name)]
+    return attempt(only)
 
 
-def _problem(attempt: Callable[[], None]) -> str | None:
+def attempt(only: str | None = None) -> list[Feature]:
+    """Try them as whoever this is. UsageError for a name that is none."""
+    if only is not None and only not in _FEATURES:
+        raise UsageError(f"there is no feature {only!r}", hint="one of " + ", ".join(_FEATURES))
+    return [Feature(name, meaning, required, _problem(trial))
+            for name, (meaning, required, trial) in _FEATURES.items() if only in (None, name)]
+
+
+def _problem(trial: Callable[[], None]) -> str | None:
     try:
-        with netns.private():
-            attempt()
+        with netns.private_or_own():
+            trial()
     except TcpcpError as error:
         return str(error)
     return None

@@ -3,6 +3,9 @@
     RUN_DIR/passes/ID.origin/       log (one JSON object a line)  state (the images, until Active)
     RUN_DIR/passes/ID.destination/  log                           verdict ("committed" or "aborted")
 
+All is root's, and closed to others. Where root lets a group make journals in `passes` (docs/door.md), its members may
+read those of others, so that a connection is not passed twice at once, but no payload.
+
 The run directory lies on tmpfs and sockets do not outlive their host, so there is no fsync; each record carries the
 boot id, and a record of another boot is history. A line that was cut short by a crash or a full disk is as good as not
 written. The *verdict* is the commit point: it is renamed into place only where none is (RENAME_NOREPLACE), so of any
@@ -19,6 +22,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +91,11 @@ def structure_lock() -> Iterator[None]:
         os.close(descriptor)
 
 
+def _is_shared() -> bool:
+    """A group may make journals."""
+    return bool((run_directory() / "passes").stat().st_mode & stat.S_IWGRP)
+
+
 def new_id() -> str:
     return secrets.token_hex(8)
 
@@ -107,7 +116,7 @@ class Journal:
         """Make the directory. JournalError where it is there already: an id is used once."""
         prepare_run_directory()
         with _explained("begin the journal of a pass"):
-            self.directory.mkdir(mode=0o700)
+            self.directory.mkdir(mode=0o750 if _is_shared() else 0o700)
 
     def exists(self) -> bool:
         return self.directory.is_dir()
@@ -119,7 +128,7 @@ class Journal:
         line = f"\n{text}\n".encode()
         with _explained("write to the journal"):
             descriptor = os.open(self.directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                                 | os.O_NOFOLLOW, 0o600)
+                                 | os.O_NOFOLLOW, 0o640 if _is_shared() else 0o600)
             try:
                 if os.write(descriptor, line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
@@ -199,7 +208,8 @@ class Journal:
         """Write what `decide` then only has to rename: it takes time, and space that may be gone by then."""
         path = str(self.directory / f".{verdict}.{os.getpid()}")
         with _explained("write the verdict"):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC,
+                                 0o640 if _is_shared() else 0o600)
             try:
                 text = verdict.encode()
                 if os.write(descriptor, text) != len(text):
@@ -232,14 +242,18 @@ class Journal:
         return standing
 
     def verdict(self) -> Verdict | None:
-        with contextlib.suppress(FileNotFoundError):
-            text = (self.directory / "verdict").read_text()
-            if text == "committed":
-                return "committed"
-            if text == "aborted":
-                return "aborted"
-            raise JournalError(f"the verdict of pass {self.pass_id} reads {text[:20]!r}")
-        return None
+        try:
+            with _explained("read the verdict"):
+                text = (self.directory / "verdict").read_text()
+        except JournalError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+        if text == "committed":
+            return "committed"
+        if text == "aborted":
+            return "aborted"
+        raise JournalError(f"the verdict of pass {self.pass_id} reads {text[:20]!r}")
 
     # -- one worker at a time -----------------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ there: /run/netns/NAME (a bind mount) and /proc/PID/ns/net of a process inside a
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from criu_tcpcp.core.errors import KernelError
 
@@ -54,6 +55,20 @@ def private() -> Iterator[None]:
             number = ctypes.get_errno()
             raise KernelError("unshare(CLONE_NEWNET)", number, os.strerror(number))
         yield
+
+
+@contextmanager
+def private_or_own() -> Iterator[bool]:
+    """As `private`, and True, where that is allowed (CAP_SYS_ADMIN); else the thread stays where it is, and False."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(private())
+            is_private = True
+        except KernelError as error:
+            if error.errno != errno.EPERM:
+                raise
+            is_private = False
+        yield is_private
 
 
 def identity(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -115,6 +115,11 @@ def forbid_core_dumps() -> None:
     check("prctl(PR_SET_DUMPABLE)", libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
+def allow_tracing() -> None:
+    """Take `forbid_core_dumps` back, in a child that has no payload."""
+    check("prctl(PR_SET_DUMPABLE)", libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0))
+
+
 @functools.cache
 def boot_id() -> str:
     """What changes with every boot of this kernel (random(4)): a journal record of another boot is history."""

@@ -82,6 +82,17 @@ def test_a_record_after_a_torn_line_counts(made: Journal) -> None:
     assert made.last() == "aborted"
 
 
+def test_a_group_that_may_make_journals_reads_them_but_no_payload(made: Journal, run_dir: Path) -> None:
+    (run_dir / "passes").chmod(0o3770)
+    another = Journal("fedcba9876543210", journal.DESTINATION)
+    another.create()
+    another.write("claimed")
+    another.save("state", b"payload")
+    another.decide("committed")
+    assert mode(another.directory)[-3:] == "750"
+    assert [mode(another.directory / name) for name in ("log", "verdict", "state")] == ["0o640", "0o640", "0o600"]
+
+
 def test_nobody_else_can_read_anything(made: Journal, run_dir: Path) -> None:
     old = os.umask(0)
     try:
