@@ -15,6 +15,7 @@ DOOR_USER, who is nobody else's.
 from __future__ import annotations
 
 import shlex
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -27,16 +28,25 @@ if TYPE_CHECKING:
 
 _SSHD = "/usr/sbin/sshd"
 DOOR_PORT = 2222
-DOOR_USER, _DOOR_UID = "tcpcp-door", 63999
+DOOR_USER, DOOR_GROUP = "criu-tcpcp-door", "criu-tcpcp"  # as in docs/door.md
+_DOOR_UID, DOOR_GID = 63999, 63998
+_CHECKOUT = Path(__file__).parents[2]
 
-# $1 the directory with the files for /etc, $2 the configuration. Not every machine has sudo. OpenSSH 9.8 began to shut
-# out addresses after failed logins (PerSourcePenalties), which are what some tests are about; an older one does not
-# know the word, and would not start.
+# $1 the directory with the files for /etc, $2 the configuration. $3 the checkout, $4 the directory on the way there
+# that is closed to others, as /root is, or '': then others can reach the programs of the checkout all the same. Not
+# every machine has sudo. OpenSSH 9.8 began to shut out addresses after failed logins (PerSourcePenalties), which are
+# what some tests are about; an older one does not know the word, and would not start.
 _START = f"""
 for file in passwd shadow group sudoers; do
     [ ! -e "/etc/$file" ] || mount --bind "$1/$file" "/etc/$file" || exit
 done
 mount -t tmpfs -o mode=755 tmpfs /run && mkdir -m 755 /run/sshd || exit
+if [ -n "$4" ]; then
+    mkdir /run/checkout && mount --bind "$3" /run/checkout && mount -t tmpfs -o mode=755 tmpfs "$4" || exit
+    for part in criu_tcpcp .venv; do
+        mkdir -p "$3/$part" && mount --bind "/run/checkout/$part" "$3/$part" || exit
+    done
+fi
 if {_SSHD} -t -f "$2" -o PerSourcePenalties=no 2>/dev/null; then
     exec {_SSHD} -D -e -f "$2" -o PerSourcePenalties=no
 fi
@@ -67,7 +77,7 @@ class Ssh:
         log = self._directory / f"{host.name}.log"
         with log.open("wb") as output:
             server = host.spawn(["unshare", "--mount", "--propagation", "slave", "sh", "-c", _START, "sshd",
-                                 self._directory, self._server_config(host)],
+                                 self._directory, self._server_config(host), _CHECKOUT, _closed(_CHECKOUT)],
                                 stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         deadline = time.monotonic() + timeout_s
         while not self._runs(host):
@@ -124,12 +134,15 @@ class Ssh:
 
     def _write_accounts(self) -> None:
         """The machine's accounts, but root with the plain shell; and root with no password, which is not locked."""
-        accounts = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
-        door = [DOOR_USER, "x", str(_DOOR_UID), str(_DOOR_UID), "", "/", "/bin/sh"]
+        accounts, groups = ([line.split(":") for line in Path(file).read_text().splitlines()
+                             if line.split(":")[0] not in (DOOR_USER, DOOR_GROUP)]
+                            for file in ("/etc/passwd", "/etc/group"))
+        accounts.append([DOOR_USER, "x", str(_DOOR_UID), str(_DOOR_UID), "", "/", "/bin/sh"])
+        groups += [[DOOR_USER, "x", str(_DOOR_UID), ""], [DOOR_GROUP, "x", str(DOOR_GID), ""]]
         files = {"passwd": "".join(":".join([*fields[:-1], "/bin/sh"] if fields[0] == "root" else fields) + "\n"
-                                   for fields in [*accounts, door]),
+                                   for fields in accounts),
                  "shadow": "".join(f"{name}:*:19000:0:99999:7:::\n" for name in ("root", DOOR_USER)),
-                 "group": Path("/etc/group").read_text() + f"{DOOR_USER}:x:{_DOOR_UID}:\n", "sudoers": ""}
+                 "group": "".join(":".join(fields) + "\n" for fields in groups), "sudoers": ""}
         for name, text in files.items():
             (self._directory / name).write_text(text)
         (self._directory / "sudoers").chmod(0o440)
@@ -171,6 +184,11 @@ class Ssh:
             f"AuthorizedKeysFile {self._forced}/{host.name}-%u",
             ""]))
         return path
+
+
+def _closed(path: Path) -> str:
+    """The first directory on the way to what is in `path` that others may not enter, or ''."""
+    return next((str(one) for one in (*reversed(path.parents), path) if not one.stat().st_mode & stat.S_IXOTH), "")
 
 
 def _generate_key(path: Path) -> None:
