@@ -21,8 +21,10 @@ from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, Tcpcp
 from .core.handoff import Action, DestinationState, Event
 from .core.image import Image, decode, read_inet_sk
 from .core.messages import Message, Stage
+from .core.policy import Taker
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
 from .core.state import ConnectionState, fitted
+from .door import Entry
 from .executor import GaveUp, event_of
 from .graft import in_place
 from .journal import LOST_MARK, Journal
@@ -44,9 +46,10 @@ _FORCED = frozenset({"SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK"})  # of a dormant s
 
 
 class Destination:
-    """See the module."""
+    """See the module. `entry`: what a guarded door says to the pass; None where there is none."""
 
-    def __init__(self, journal: Journal, wire: Wire, flow: Flow, into: str, prologue: bytes | None = None) -> None:
+    def __init__(self, journal: Journal, wire: Wire, flow: Flow, into: str, prologue: bytes | None = None,
+                 entry: Entry | None = None) -> None:
         self.name = "destination"
         self.journal = journal
         self.flow = flow
@@ -55,7 +58,7 @@ class Destination:
         self.left: list[str] = []
         self.notes: list[str] = []
         self.steps: list[tuple[str, float]] = []
-        self._into, self._prologue = into, prologue
+        self._into, self._prologue, self._entry = into, prologue, entry
         self._wire = wire
         self._machine_state = DestinationState.READY
         self._graft: graft.Graft | None = None
@@ -78,13 +81,13 @@ class Destination:
     # -- staging -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def staged(cls, stage: Stage, wire: Wire) -> Destination:
+    def staged(cls, stage: Stage, wire: Wire, entry: Entry | None = None) -> Destination:
         """Find the way in, make the rules. The journal is claimed. Refused: nothing of it stands."""
         flow = Flow.from_json(stage.flow)
         if len(stage.prologue) > messages.MAX_PROLOGUE:
             raise ProtocolError("a prologue that is too long")
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
-                   stage.prologue if stage.has_prologue else None)
+                   stage.prologue if stage.has_prologue else None, entry)
         try:
             read_inet_sk(stage.inet_sk)
             side._stage()
@@ -109,6 +112,7 @@ class Destination:
         if used is not None:
             raise Refused(f"the destination has a connection {flow} already (state {used.label})")
         self._graft = graft.find(self._into, flow)
+        self._admit(self._graft.takers())
         with host_rules(flow.ip_version) as rules:
             self._keeps_fence = rules.is_fenced(flow)  # of an earlier pass from here: it outlives this one undone
         self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local,
@@ -122,6 +126,8 @@ class Destination:
         self._make_rules()
         self._arrange()
         self._rehearsed = rehearse(flow.ip_version)
+        if self._entry is not None:
+            self._entry.tell_accepted(self.into, self._graft.takers())
 
     def _make_rules(self) -> None:
         self._rules = HostRules(self.flow.ip_version)
@@ -139,7 +145,11 @@ class Destination:
         way, rules, injector = self._graft, self._rules, self._injector
         if way is None or rules is None or injector is None:
             raise Refused("the pass was not staged")
-        way.arrange(self.flow, graft.Ground(self.journal, rules, injector, self._prologue))
+        way.arrange(self.flow, graft.Ground(self.journal, rules, injector, self._admit, self._prologue))
+
+    def _admit(self, takers: list[Taker]) -> None:
+        if self._entry is not None:
+            self._entry.admit(takers)
 
     @property
     def knows(self) -> bool:
@@ -245,10 +255,12 @@ class Destination:
         self._wire.send(messages.Prepared(self.journal.pass_id))
 
     def _check_target(self) -> None:
-        """The last moment to refuse: the program that is to have the connection is still there."""
+        """The last moment to refuse: the program that is to have the connection is still there, and the same."""
         if self._graft is None:
             raise Refused("the pass was not staged")
         self._graft.check()
+        if self._entry is not None:
+            self._entry.confirm(self._graft.takers())
 
     # -- the commit point ----------------------------------------------------------------------------------------------
 
@@ -350,12 +362,12 @@ class Destination:
     # -- recovery ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def recovered(cls, journal: Journal, wire: Wire) -> Destination:
+    def recovered(cls, journal: Journal, wire: Wire, entry: Entry | None = None) -> Destination:
         """For a pass that an earlier serve staged."""
         staged = journal.field("staged")
         if staged is None:
             raise ProtocolError(f"the journal knows nothing of pass {journal.pass_id}")
-        side = cls(journal, wire, Flow.from_json(staged["flow"]), staged["into"])
+        side = cls(journal, wire, Flow.from_json(staged["flow"]), staged["into"], entry=entry)
         if staged.get("has_prologue") and not journal.field("active"):
             side._prologue = journal.load(PROLOGUE_FILE)
         side.name = "recovery"

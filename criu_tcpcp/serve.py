@@ -1,6 +1,9 @@
 """`criu-tcpcp serve`: the destination's remote entry. Started over SSH, it speaks on stdin and stdout, and ends with
 them.
 
+With a `door` it obeys a policy (door.py): sshd forces it upon a key that may do nothing else here, and what the client
+wanted to start instead (SSH_ORIGINAL_COMMAND) is not looked at. Without one, whoever may start it as root is obeyed.
+
 With `images` the destination is an image directory of this host instead: `dump` starts that, over a link of its own.
 
 One process serves one link, and on it one pass after another. A new pass begins with Stage; a Query asks about an old
@@ -24,9 +27,10 @@ from .core import handoff, messages
 from .core.criu import messages as load_criu_messages
 from .core.endpoint import Flow
 from .core.errors import JournalError, LinkError, ProtocolError, TcpcpError
-from .core.handoff import DESTINATION_FINAL, Event
+from .core.handoff import DESTINATION_FINAL, DestinationState, Event
 from .core.imageset import Owner
 from .destination import PROLOGUE_FILE, Destination
+from .door import Denied, Door, Entry
 from .executor import Executor, without_garbage_collection
 from .imagewriter import ImageWriter, holds_dump
 from .journal import DESTINATION, Journal, prepare_run_directory
@@ -46,7 +50,10 @@ class Images:
     owner: Owner
 
 
-def serve(images: Images | None = None) -> None:
+_ENDED = {DestinationState.ACTIVE: "active", DestinationState.ABORTED: "undone", DestinationState.LOST: "lost"}
+
+
+def serve(images: Images | None = None, door: Door | None = None) -> None:
     """Serve the link on stdin and stdout until it ends. Raises LinkError where the link ended in the middle, and
     ProtocolError where the other side does not speak the protocol."""
     reading, writing = _claim_stdio()
@@ -57,6 +64,8 @@ def serve(images: Images | None = None) -> None:
     if not isinstance(hello, messages.Hello):
         raise ProtocolError("the other end did not introduce itself as criu-tcpcp")
     try:
+        if door is not None:
+            door.greet()
         prepare_run_directory()
         load_criu_messages()
     except TcpcpError as error:
@@ -71,23 +80,28 @@ def serve(images: Images | None = None) -> None:
             message = wire.receive(_IDLE_TIMEOUT_S)
         except LinkError:  # its end, or silence
             return
-        match message:
-            case messages.Stage():
-                _pass(message, wire, images)
-            case messages.Query():
-                _answer(message, wire, images)
-            case messages.Settled():
-                _settled(message, wire, images)
-            case messages.Ask():
-                stands = (stands_here(Flow.from_json(message.flow)) if images is None
-                          else holds_dump(images.place, message.pass_id))
-                wire.send(messages.Standing(message.pass_id, stands))
-            case messages.Try():
-                _try(message, wire)
-            case messages.Abort():
-                continue  # of a pass that is over here
-            case _:
-                raise ProtocolError(f"{type(message).__name__} out of turn")
+        try:
+            _do(message, wire, images, door)
+        except Denied as denied:
+            wire.send(messages.Refused(getattr(message, "pass_id", ""), denied.message, denied.hint))
+
+
+def _do(message: messages.Message, wire: Wire, images: Images | None, door: Door | None) -> None:
+    match message:
+        case messages.Stage():
+            _pass(message, wire, images, door)
+        case messages.Query():
+            _answer(message, wire, images, door)
+        case messages.Settled():
+            _settled(message, wire, images, door)
+        case messages.Ask():
+            _tell_whether_it_stands(message, wire, images, door)
+        case messages.Try():
+            _try(message, wire)
+        case messages.Abort():
+            return  # of a pass that is over here
+        case _:
+            raise ProtocolError(f"{type(message).__name__} out of turn")
 
 
 def _claim_stdio() -> tuple[int, int]:
@@ -104,26 +118,32 @@ def _claim_stdio() -> tuple[int, int]:
 def _try(message: messages.Try, wire: Wire) -> None:
     from . import features  # a pass does not need them
     try:
-        found = features.check(message.feature or None)
+        found = features.attempt(message.feature or None)
     except TcpcpError as error:
         wire.send(messages.Refused("", error.message, error.hint))
         return
     wire.send(messages.Tried([one.to_json() for one in found]))
 
 
-def _pass(stage: messages.Stage, wire: Wire, images: Images | None) -> None:
+def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door | None) -> None:
     side: Destination | ImageWriter
+    entry: Entry | None = None
     with contextlib.ExitStack() as held:
         try:
             journal = Journal(stage.pass_id, DESTINATION)
+            if door is not None:
+                entry = door.entry(journal, Flow.from_json(stage.flow), stage.into)
+                entry.admit_way()
             if images is None:
                 held.enter_context(journal.claimed(stage.flow))
-                side = Destination.staged(stage, wire)
+                side = Destination.staged(stage, wire, entry)
             else:
                 journal.create()
                 held.enter_context(journal.locked())
                 side = ImageWriter.staged(stage, wire, images.place, images.owner)
         except TcpcpError as error:
+            if entry is not None:
+                entry.tell_refused(error)
             wire.send(messages.Refused(stage.pass_id, error.message, error.hint))
             return
         held.enter_context(contextlib.closing(side))
@@ -134,28 +154,32 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None) -> None:
         for pid in chain:
             syscalls.go_first(pid)
         try:
-            _run(side)
+            _run(side, entry)
         finally:
             for pid in chain:
                 syscalls.go_along(pid)
 
 
-def _answer(query: messages.Query, wire: Wire, images: Images | None) -> None:
+def _answer(query: messages.Query, wire: Wire, images: Images | None, door: Door | None) -> None:
     side: Destination | ImageWriter
     journal = Journal(query.pass_id, DESTINATION)
+    if door is not None:
+        door.check_own(journal)
     with _waiting_lock(journal) as mine:
         if not mine:
             return  # another serve is at work on it: no answer, the origin asks again
-        if journal.field("staged" if images is None else "images") is None:
+        staged = journal.field("staged" if images is None else "images")
+        if staged is None:
             # Never heard of, or already undone and deleted: either way nothing can commit it any more once this is
             # written; a serve that still held it dormant would find its journal gone.
             _abort_unknown(journal)
             wire.send(messages.Aborted(query.pass_id, "the destination does not have it"))
             return
-        side = (Destination.recovered(journal, wire) if images is None
+        entry = door.entry(journal, Flow.from_json(staged["flow"]), staged["into"]) if door is not None else None
+        side = (Destination.recovered(journal, wire, entry) if images is None
                 else ImageWriter.recovered(journal, wire, images.owner))
         with contextlib.closing(side):
-            _run(side, Event.QUERY)
+            _run(side, entry, Event.QUERY)
 
 
 def _abort_unknown(journal: Journal) -> None:
@@ -179,16 +203,28 @@ def _waiting_lock(journal: Journal) -> Iterator[bool]:
     yield True
 
 
-def _run(side: Destination | ImageWriter, event: Event | None = None) -> None:
+def _run(side: Destination | ImageWriter, entry: Entry | None, event: Event | None = None) -> None:
     executor = Executor(handoff.destination(), side, DESTINATION_FINAL)
     side.steps, side.left = executor.steps, executor.left
-    executor.run(event)
+    state = executor.run(event)
+    if entry is not None:
+        entry.tell_ended(_ENDED.get(state, "interrupted"), side.into, executor.failure)
 
 
-def _settled(message: messages.Settled, wire: Wire, images: Images | None) -> None:
+def _tell_whether_it_stands(ask: messages.Ask, wire: Wire, images: Images | None, door: Door | None) -> None:
+    flow = Flow.from_json(ask.flow)
+    if door is not None:
+        door.check_flow(Journal(ask.pass_id, DESTINATION), flow)
+    stands = stands_here(flow) if images is None else holds_dump(images.place, ask.pass_id)
+    wire.send(messages.Standing(ask.pass_id, stands))
+
+
+def _settled(message: messages.Settled, wire: Wire, images: Images | None, door: Door | None) -> None:
     """The origin will not ask again: what remains is what `passes` shows and `release` takes away. Of a dump, that is
     the origin's record."""
     journal = Journal(message.pass_id, DESTINATION)
+    if door is not None:
+        door.check_own(journal)
     if journal.exists() and images is None:
         journal.write("settled")
         journal.forget(PROLOGUE_FILE)

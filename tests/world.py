@@ -123,6 +123,7 @@ class World:
             elif waiting:
                 self._until_it_listens(host, port if host is lab.destination else PORT)
         self.owner = lab.origin
+        self.ssh_options: list[str] = []  # of another way to the other host than the lab's
         self.flow: Flow | None = None
         self._slow: list[tuple[int, int]] = []  # passes that held packets for as long as a peer's timer: began, over
         self._owners: list[tuple[int, int, Host, Host]] = []  # of each pass: began, ended (wall clock, ns), from, to
@@ -257,7 +258,7 @@ class World:
     def pass_argv(self, *options: str) -> list[str]:
         pid = self.serving(self.owner)[0][0] if self.unmodified else self.node.process.pid
         return [COMMAND, "pass", "--json", "--pid", str(pid), "--fd", str(self.descriptor()),
-                *self.lab.ssh_options(self.other, self.version), *options]
+                *(self.ssh_options or self.lab.ssh_options(self.other, self.version)), *options]
 
     def queued(self) -> tuple[int, int]:
         """(bytes in the receive queue, bytes in the send queue) of the connection, at its owner. Asked often, while

@@ -9,12 +9,14 @@ which is a new one or one that the program has already, and gets it dormant (`gr
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ..core.endpoint import Flow
 from ..core.errors import Refused, UsageError
 from ..core.options import OptionValue
+from ..core.policy import Taker
 from ..journal import Journal
 from ..kernel import process, sockdiag
 from ..kernel.process import Identity
@@ -38,11 +40,13 @@ class Reclaimed:
 @dataclass(frozen=True)
 class Ground:
     """What a way in may use while it makes ready: the pass's journal, this host's rules, a hand for packets; and the
-    bytes that the program is to read before the peer's, with its answers dropped, or None."""
+    bytes that the program is to read before the peer's, with its answers dropped, or None. `admit` is asked about the
+    program as soon as it is known, and again where it is another one: Refused where it may not have the connection."""
 
     journal: Journal
     rules: HostRules
     injector: Injector
+    admit: Callable[[list[Taker]], None]
     prologue: bytes | None = field(default=None, repr=False)
 
 
@@ -58,7 +62,8 @@ class Vessel:
 
 class Graft(Protocol):
     """One way in, for one pass. `way`: what `find` takes to find it again. `taker`: the process that the connection is
-    for; its number is 0 where it is not known here (another pid namespace), or not yet."""
+    for; its number is 0 where it is not known here (another pid namespace), or not yet. `takers`: what is to be known
+    of it, and before that of each that it could be."""
 
     @property
     def description(self) -> str: ...
@@ -66,6 +71,7 @@ class Graft(Protocol):
     taker: Identity
     stops: bool  # the program stands still from `vessel` on, until `activate` or `discard`
 
+    def takers(self) -> list[Taker]: ...
     def arrange(self, flow: Flow, ground: Ground) -> None: ...
     def vessel(self, flow: Flow) -> Vessel: ...
     def graft(self, pass_id: str, sock: socket.socket, flow: Flow, app_state: bytes) -> None: ...
@@ -86,6 +92,11 @@ def check_name(into: str) -> None:
     if not known.get(kind, False):
         raise UsageError(f"--into {into[:80]}: not a way in that this version knows",
                          hint="auto, receiver[:PATH], accept:PID, listen:PORT or pid:PID[:FD]")
+
+
+def taker_of(pid: int, port: int | None) -> Taker:
+    """What is to be known of this process."""
+    return Taker(process.users(pid), process.executable(pid), port)
 
 
 def find(into: str, flow: Flow) -> Graft:
@@ -122,7 +133,7 @@ def find_again(way: str, flow: Flow, journal: Journal) -> Graft:
     """The way that an earlier serve went for this pass. Refused where it is not there any more."""
     from . import in_place
     if in_place.ProgramSocket.of_journal(journal) is not None:
-        return in_place.IntoProgram(way)
+        return in_place.IntoProgram(way, frozenset())
     return find(way, flow)
 
 

@@ -25,12 +25,13 @@ from collections.abc import Iterable, Iterator
 from ..core import tcp
 from ..core.endpoint import Flow
 from ..core.errors import KernelError, LinkError, Refused
+from ..core.policy import NO_PORT, Taker
 from ..core.tcp import TcpState
 from ..journal import Journal
 from ..kernel import injection, netns, process, repair, sockopt, syscalls, tcpinfo
 from ..kernel.process import Identity
 from ..kernel.tracee import Tracee
-from . import Ground, Reclaimed, Vessel, replacing
+from . import Ground, Reclaimed, Vessel, replacing, taker_of
 from .replacing import Place
 
 STOP_TIMEOUT_S = 0.2
@@ -231,8 +232,10 @@ class IntoProgram:
 
     stops = True
 
-    def __init__(self, way: str) -> None:
+    def __init__(self, way: str, candidates: frozenset[int], port: int = NO_PORT) -> None:
+        """`candidates`: the processes of which one will have it. `port`: where they wait for connections."""
         self.way = way
+        self.candidates, self.port = candidates, port
         self.taker = Identity(0, 0)
         self._taken: ProgramSocket | None = None
 
@@ -241,6 +244,10 @@ class IntoProgram:
         if self._taken is None:
             return self.way
         return f"{named(self.taker.pid)}, descriptor {self._taken.descriptor}"
+
+    def takers(self) -> list[Taker]:
+        pids = {self._taken.program.pid} if self._taken is not None else self.candidates
+        return [taker_of(pid, self.port) for pid in sorted(pids)]
 
     def _take(self, taken: ProgramSocket, journal: Journal) -> None:
         """Once its program was seen to stop, and goes on: what has to be done in the freeze is quicker when it was done

@@ -45,7 +45,7 @@ class ToAccept(IntoProgram):
 
     def __init__(self, way: str, listener: Listener, holders: frozenset[int], sharing: frozenset[int] = frozenset(),
                  wanted: int | None = None) -> None:
-        super().__init__(way)
+        super().__init__(way, frozenset({wanted}) if wanted is not None else holders, listener.port)
         self._listener, self._holders, self._sharing, self._wanted = listener, holders, sharing, wanted
         self._thrown: ThrowAway | None = None
         self._answered: int | None = None  # bytes, to the prologue
@@ -68,11 +68,13 @@ class ToAccept(IntoProgram):
             for _ in range(_TRIES):
                 self._taken = taken = self._accepted(listener, flow, port, ground)
                 if self._wanted is None or self._wanted in (taken.program.pid, process.parent(taken.program.pid)):
+                    ground.admit(self.takers())
                     if ground.prologue is None:
                         self._watch()
                     else:
                         self._answered = self._rebuild(ground.prologue)
                     self._see_who_has_it()
+                    ground.admit(self.takers())
                     self._take(self._taken, ground.journal)
                     return
                 losers[taken.program.pid] = None

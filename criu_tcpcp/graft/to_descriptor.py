@@ -22,11 +22,12 @@ class ToDescriptor(IntoProgram):
     """Nothing is done to the program before the freeze."""
 
     def __init__(self, found: ProgramSocket) -> None:
-        super().__init__(f"pid:{found.program.pid}:{found.descriptor}")
+        super().__init__(f"pid:{found.program.pid}:{found.descriptor}", frozenset({found.program.pid}))
         self._found = found
 
     def arrange(self, flow: Flow, ground: Ground) -> None:
         in_place.refuse_prologue(ground)
+        ground.admit(self.takers())
         self._take(self._found, ground.journal)
 
     def discard(self, pass_id: str) -> None:

@@ -26,7 +26,7 @@ class ToNewDescriptor(IntoProgram):
     """The lowest descriptor that is free while staging."""
 
     def __init__(self, program: Identity) -> None:
-        super().__init__(f"pid:{program.pid}")
+        super().__init__(f"pid:{program.pid}", frozenset({program.pid}))
         self._program = program
 
     @property
@@ -37,6 +37,7 @@ class ToNewDescriptor(IntoProgram):
 
     def arrange(self, flow: Flow, ground: Ground) -> None:
         in_place.refuse_prologue(ground)
+        ground.admit(self.takers())
         made = self._made(flow, ground.journal)
         try:
             self._take(made, ground.journal)

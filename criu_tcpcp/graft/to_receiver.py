@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import select
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 from .. import apps
 from ..core.endpoint import Flow
 from ..core.errors import LinkError, Refused
+from ..core.policy import NO_PORT, Taker
 from ..journal import Journal
 from ..kernel import process, sockopt
 from ..kernel.syscalls import failing
-from . import Ground, Reclaimed, Vessel
+from . import Ground, Reclaimed, Vessel, taker_of
 
 _TIMEOUT_S = 2.0
 _PRIVILEGED_PORTS = 1024
@@ -28,18 +30,25 @@ class ToReceiver:
 
     stops = False
 
-    def __init__(self, path: Path, conversation: apps.Conversation) -> None:
+    def __init__(self, path: Path, conversation: apps.Conversation, port: int) -> None:
+        """`port`: the one that it is registered for, if it is."""
         self._conversation = conversation
         self._vessel: Vessel | None = None
         pid, uid = conversation.peer()
-        self.path = path
+        self.path, self.port = path, port
         self.uid = uid
         self.way = f"receiver:{path}"
         self.taker = process.identity(pid) if pid else process.Identity(0, 0)
         self.description = f"receiver {path} ({process.name(pid)}, process {pid})"
 
+    def takers(self) -> list[Taker]:
+        """Also as whom it listened: its number may be another's by now."""
+        taker = taker_of(self.taker.pid, self.port)
+        return [replace(taker, users=(taker.users or frozenset()) | {self.uid})]
+
     def arrange(self, flow: Flow, ground: Ground) -> None:
         """Nothing but the socket, before anybody waits for it."""
+        ground.admit(self.takers())
         if ground.prologue is not None:
             raise Refused("a receiver takes no prologue: it has the connection from a pass, and knows so",
                           hint="--app-state FILE hands it what it needs; or --into accept:PID")
@@ -115,7 +124,7 @@ class ToReceiver:
 def at_path(path: str) -> ToReceiver:
     """The receiver that listens at a path. Refused where there is none."""
     try:
-        return _open(Path(path))
+        return _open(Path(path), NO_PORT)
     except apps.Gone as error:
         raise Refused(f"no receiver listens at {path} at the destination: {error}") from None
 
@@ -134,7 +143,7 @@ def try_port(port: int) -> ToReceiver | None:
     found = []
     for path in apps.receivers(port):
         try:
-            found.append(_open(path))
+            found.append(_open(path, port))
         except apps.Gone:
             continue
     allowed = [one for one in found if port >= _PRIVILEGED_PORTS or one.uid == 0]
@@ -147,12 +156,12 @@ def try_port(port: int) -> ToReceiver | None:
     return allowed[0] if allowed else None
 
 
-def _open(path: Path) -> ToReceiver:
+def _open(path: Path, port: int) -> ToReceiver:
     """Raises Gone where nobody answers: an application that hangs is found before anything is stopped."""
     conversation = apps.connect(path, _TIMEOUT_S)
     try:
         conversation.ask({"op": "ping"})
-        return ToReceiver(path, conversation)
+        return ToReceiver(path, conversation, port)
     except apps.Gone:
         conversation.close()
         raise

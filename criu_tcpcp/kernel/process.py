@@ -71,6 +71,24 @@ def tracer_of(tid: int) -> int:
     return next((int(line.split()[1]) for line in status_lines(tid) if line.startswith("TracerPid:")), 0)
 
 
+def users(pid: int) -> frozenset[int]:
+    """All that the process acts as, or could again: its real, effective, saved and file system user (proc(5), Uid);
+    none of what has gone."""
+    found = next((line.split()[1:] for line in status_lines(pid) if line.startswith("Uid:")), [])
+    return frozenset(map(int, found))
+
+
+def executable(pid: int) -> str:
+    """The file that the process executes, by its path here; '' where that may not be seen, or the path leads to another
+    file by now: in a container, or after an upgrade."""
+    link = f"/proc/{pid}/exe"
+    try:
+        path = os.readlink(link)
+        return path if os.path.samestat(os.stat(link), os.stat(path)) else ""
+    except OSError:
+        return ""
+
+
 def descriptor_lines(pid: int, descriptor: int) -> list[str]:
     """/proc/PID/fdinfo/DESCRIPTOR; nothing of one that is closed."""
     try:

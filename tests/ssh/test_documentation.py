@@ -37,6 +37,8 @@ NOT_RUN = {
     "criu-tcpcp dump --pid 42 --fd 7 -D DIR -R": "as the one with a directory that is named",
     "criu-tcpcp show -D DIR": "as the one with a directory that is named",
     "criu-tcpcp pass --pid 42 --fd 7 --host dest --into listen:9000": "an unmodified server: tests/ssh/test_graft.py",
+    "criu-tcpcp serve --policy FILE --key NAME": "sshd starts it: tests/ssh/test_door.py",
+    "criu-tcpcp check --host criu-tcpcp-door@dest": "through a door: tests/ssh/test_door_user.py",
     "criu-tcpcp verify": "needs captures: tests/unit/test_verify_command.py, tests/ssh/test_sabotage_on_the_wire.py",
     "criu-tcpcp verify peer.pcap origin.pcap destination.pcap": "needs captures: as the one above",
     "criu-tcpcp resolve ID": "needs a pass in doubt: tests/ssh/test_faults.py",

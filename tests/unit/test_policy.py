@@ -6,6 +6,8 @@ import dataclasses
 import ipaddress
 import os
 import pwd
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from criu_tcpcp.core.endpoint import Endpoint, Flow
 from criu_tcpcp.core.errors import Refused
 from criu_tcpcp.core.policy import NO_PORT, Policy, Rule, Taker, from_document
 
+DOOR = Path(__file__).parents[2] / "docs" / "door.md"
 FLOW = Flow(Endpoint(ipaddress.ip_address("10.77.2.11"), 9000), Endpoint(ipaddress.ip_address("10.77.1.2"), 40000))
 TAKER = Taker(frozenset({33}), "/usr/sbin/nginx", 9000)
 RULE: dict[str, Any] = {"keys": ["web1"], "local": ["10.77.2.0/24"], "local-ports": [9000], "peers": ["10.77.1.0/24"],
@@ -123,6 +126,16 @@ def test_a_denial_has_a_reason_and_only_a_denial(rules: Policy, question: tuple[
         assert question[0] in rule.keys
 
 
+def test_the_example_of_the_document_is_a_policy_that_allows_what_it_says() -> None:
+    (text,) = re.findall(r"^```toml\n(.*?)^```$", DOOR.read_text(), re.MULTILINE | re.DOTALL)
+    found = from_document(tomllib.loads(text), {"redis": 110}.__getitem__, lambda path: path)
+    flow = Flow(Endpoint(ipaddress.ip_address("192.0.2.10"), 6379),
+                Endpoint(ipaddress.ip_address("198.51.100.7"), 40112))
+    redis = Taker(frozenset({110}), "/usr/bin/redis-server", 6379)
+    assert [rule.name for rule in found.allowing("web1", flow, [redis])] == ["sessions"]
+    assert not found.allowing("web3", flow, [redis])
+
+
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 TEXT = """
@@ -209,6 +222,7 @@ def test_whatever_the_bytes_are_they_are_a_policy_or_refused(text: bytes) -> Non
 
 
 @pytest.mark.parametrize("text", [b"a = " + b"[" * 60000, b"a = " + b"{a=" * 20000, b"a." * 32000 + b"b = 1",
+                                  b"a = " + b"[\n" * 30000, b"".join(b"a." * 500 + b"b%d = 1\n" % n for n in range(64)),
                                   b"a = " + b"9" * 60000, b"a = 2026-99-99"], ids=lambda text: str(text[:9]))
 def test_what_is_made_to_exhaust_is_refused(text: bytes) -> None:
     assert len(text) <= policy.LIMIT
