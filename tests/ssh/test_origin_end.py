@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import programs
 from criu_tcpcp.lab import Lab
 from waiting import until
 from world import COMMAND, Program, _users
@@ -104,42 +105,31 @@ class Ended:
 
     def redis(self) -> str:
         """The client is freed, and its log says why."""
-        log = self.directory / "redis-log"
-        program = self.start(["redis-server", "--port", "{port}", "--bind", "0.0.0.0", "--protected-mode", "no",
-                              "--save", "", "--loglevel", "verbose", "--logfile", str(log),
-                              "--dir", str(self.directory)], listens="redis")
+        program = self.start(programs.redis(self.directory, "redis", self.port + 1), listens="redis")
         with self.connect() as peer:
             ask(peer, b"PING\r\n")
             pid, descriptor = self.end(peer)
             until(lambda: closed(pid, descriptor), "redis to close it")
-            word = re.search(r" - (Client closed connection|Reading from client: [^\n]*)", log.read_text())
-            assert word is not None, log.read_text()
+            log = (self.directory / "redis" / "log").read_text()
+            word = re.search(r" - (Client closed connection|Reading from client: [^\n]*)", log)
+            assert word is not None, log
         with self.connect() as other:
             ask(other, b"PING\r\n")
         assert program.process.poll() is None
         return f"closes it: {word[1].split(' id=')[0]}"
 
     def nginx(self) -> str:
-        data = self.directory / "nginx"
-        data.mkdir()
-        paths = "".join(f"{kind}_temp_path {data}/{kind};" for kind in (
-            "client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-        (data / "conf").write_text(f"""
-            user root; worker_processes 1; daemon off; pid {data}/pid; error_log {data}/errors info;
-            events {{ }}
-            http {{ {paths} access_log off;
-                   server {{ listen {self.port + 1}; location / {{ return 200 x; }} }} }}""")
-        program = self.start(["nginx", "-c", str(data / "conf"), "-e", str(data / "errors")], listens="nginx")
+        program = self.start(programs.nginx(self.directory, "nginx", self.port + 1), listens="nginx")
         self.is_closed_by(program, "nginx")
+        errors = (self.directory / "nginx" / "errors").read_text()
         word = re.search(r"\[(?:info|alert)\][^\n]*?: \*1 (?:client \S+ )?(closed keepalive connection|"
-                         r"recv\(\) failed[^\n]*? while keepalive)", (data / "errors").read_text())
-        assert word is not None, (data / "errors").read_text()
+                         r"recv\(\) failed[^\n]*? while keepalive)", errors)
+        assert word is not None, errors
         return f"closes it: {word[1]}"
 
     def go(self) -> str:
         """net/http says nothing of a connection that waits for its next request."""
-        program = self.start(["prometheus-node-exporter", "--web.listen-address=0.0.0.0:{port}",
-                              "--collector.disable-defaults", "--log.level=debug"], listens="the exporter")
+        program = self.start(programs.node_exporter(self.directory, "go", self.port + 1), listens="the exporter")
         self.is_closed_by(program, "the server")
         return "closes it"
 

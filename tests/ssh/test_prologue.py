@@ -13,7 +13,7 @@ import pytest
 from attempt import Attempt, conversation, exchange
 from criu_tcpcp.lab import Host
 from grafting import SEEN, finish, served, server
-from redises import ask, received, redis
+from programs import ask, received, redis
 from waiting import until
 from world import COMMAND, PORT, World, world
 
