@@ -67,7 +67,7 @@ class ToAccept(IntoProgram):
         try:
             for _ in range(_TRIES):
                 self._taken = taken = self._accepted(listener, flow, port, ground)
-                if self._wanted is None or self._wanted in (taken.program.pid, process.parent(taken.program.pid)):
+                if self._is_wanted(taken.program.pid):
                     ground.admit(self.takers())
                     if ground.prologue is None:
                         self._watch()
@@ -87,9 +87,13 @@ class ToAccept(IntoProgram):
             self._end()
             raise
 
+    def _is_wanted(self, pid: int) -> bool:
+        """A child: the one that is named forks for each connection, or has forked its workers."""
+        return self._wanted is None or self._wanted in (pid, process.parent(pid))
+
     def _accepted(self, listener: Listener, flow: Flow, port: int, ground: Ground) -> ProgramSocket:
         """A new throw-away connection, once a program has it."""
-        others = set(self._sharing - {self._wanted, _INIT}) if self._wanted is not None else set()
+        others = {pid for pid in self._sharing - {_INIT} if not self._is_wanted(pid)}
         with in_place.stopped(others), contextlib.ExitStack() as stack:
             self._thrown = self._new_throw_away(listener, flow, port, ground)
             with undeferred(stack.enter_context(self._borrowed(listener))):

@@ -84,8 +84,9 @@ def test_there_and_back(origin: str, destination: str, version: int, passes: int
         with others(here, kinds) as own:
             assert own["origin"] != own["destination"]
             assert kinds["origin"].who(peer) == own["origin"]
-            for way in itertools.islice(itertools.cycle(("auto", "listen")), passes):
-                names = {"auto": "auto", "listen": f"listen:{PORT}"}
+            for way in itertools.islice(itertools.cycle(("auto", "accept", "listen")), passes):
+                names = {"auto": "auto", "listen": f"listen:{PORT}",
+                         "accept": f"accept:{here.nodes[here.other.name].process.pid}"}
                 here.pass_once("--into", names[way], attempts=3)
                 assert kinds[here.owner.name].who(peer) == own[here.owner.name]
         for number, (name, kind) in enumerate(kinds.items()):
