@@ -93,6 +93,27 @@ def http_server(directory: Path, name: str, port: int = PORT) -> list[str]:
                          str(port)])
 
 
+def haproxy(directory: Path, name: str, port: int = PORT) -> list[str]:
+    """It answers by itself, and keeps the client's connection in any case."""
+    data = place(directory, name)
+    (data / "conf").write_text(f"""
+global
+    log stdout format raw local0
+defaults
+    mode http
+    timeout client 1h
+    timeout connect 1h
+    timeout server 1h
+frontend all
+    bind 0.0.0.0:{port}
+    bind :::{port} v6only
+    log global
+    log-format "%ci %cp %HM"
+    http-request return status 200 content-type text/plain string {name}
+""")
+    return logged(data, ["haproxy", "-db", "-f", str(data / "conf")])
+
+
 def node_exporter(directory: Path, name: str, port: int = PORT) -> list[str]:
     """A Go server; what it exports is its name."""
     data = place(directory, name)
@@ -126,4 +147,5 @@ KINDS = {
     "redis": Kind(redis, run_id, "Accepted {address}:{port}"),
     "nginx": Kind(nginx, get, "{address} {port} GET"),
     "http.server": Kind(http_server, get, "{address} - - ["),
+    "haproxy": Kind(haproxy, get, "{address} {port} GET"),
 }

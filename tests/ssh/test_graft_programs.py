@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 HOSTS = ("origin", "destination")
 OTHERS = 2  # clients of each program
 LONG = pytest.mark.long, pytest.mark.timeout(1800)
-PAIRS = [("redis", "redis"), ("nginx", "nginx"), ("http.server", "nginx")]
+PAIRS = [("redis", "redis"), ("nginx", "nginx"), ("http.server", "nginx"), ("haproxy", "haproxy")]
 IPV6 = [("redis", "redis", 6, 2), ("nginx", "nginx", 6, 1)]
 
 

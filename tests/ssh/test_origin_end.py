@@ -127,8 +127,15 @@ class Ended:
         assert word is not None, errors
         return f"closes it: {word[1]}"
 
+    def haproxy(self) -> str:
+        """It says nothing of a connection that waits for its next request."""
+        program = self.start(programs.haproxy(self.directory, "haproxy", self.port + 1), listens="haproxy")
+        self.is_closed_by(program, "haproxy")
+        assert len((self.directory / "haproxy" / "log").read_text().splitlines()) == 2, "two requests"
+        return "closes it"
+
     def go(self) -> str:
-        """net/http says nothing of a connection that waits for its next request."""
+        """net/http says nothing of it either."""
         program = self.start(programs.node_exporter(self.directory, "go", self.port + 1), listens="the exporter")
         self.is_closed_by(program, "the server")
         return "closes it"
@@ -148,7 +155,8 @@ def closed(pid: int, descriptor: int) -> bool:
 
 RUNTIMES: dict[str, Callable[[Ended], str]] = {
     **{name: lambda one, way=way: one.python(way) for way, name in PYTHON.items()},  # type: ignore[misc]
-    "Node, net": Ended.node, "Redis": Ended.redis, "nginx, keep-alive": Ended.nginx, "Go, net/http": Ended.go}
+    "Node, net": Ended.node, "Redis": Ended.redis, "nginx, keep-alive": Ended.nginx,
+    "HAProxy, keep-alive": Ended.haproxy, "Go, net/http": Ended.go}
 
 
 def test_the_document_has_every_runtime() -> None:
