@@ -1,13 +1,15 @@
 """What all tests share: a lab, and the rule about skips.
 
-A test may be skipped because the kernel has no such thing (`capability`), or because it needs root. Where everything is
-meant to run (CRIU_TCPCP_TESTS_STRICT=1, as `./dev test` sets it), only the first is accepted: any other skip is a
-failure, so that a whole suite cannot go missing unnoticed.
+A test may be skipped because the kernel has no such thing (`capability`), because Debian does not offer a package
+everywhere (`package`), or because it needs root. Where everything is meant to run (CRIU_TCPCP_TESTS_STRICT=1, as `./dev
+test` sets it), the last is not accepted: it is a failure, as any other skip, so that a whole suite cannot go missing
+unnoticed. The summary names what was skipped.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterator
 
 import hypothesis
@@ -22,7 +24,7 @@ hypothesis.settings.register_profile("shared machine", deadline=None,
                                      suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("shared machine")
 
-_KERNEL_LACKS = "kernel lacks"
+_KERNEL_LACKS, _DEBIAN_LACKS = "kernel lacks", "not installed: Debian's"
 
 
 @pytest.fixture
@@ -46,6 +48,18 @@ def capability() -> Callable[[str, bool], None]:
     def require(what: str, present: bool) -> None:
         if not present:
             pytest.skip(f"{_KERNEL_LACKS} {what}")
+
+    return require
+
+
+@pytest.fixture
+def package() -> Callable[[str, str], None]:
+    """`package("nodejs", "node")`: go on only if the program of this package is there. Only for one that ./dev setup
+    lists as optional."""
+
+    def require(name: str, program: str) -> None:
+        if shutil.which(program) is None:
+            pytest.skip(f"{_DEBIAN_LACKS} {name}")
 
     return require
 
@@ -79,6 +93,6 @@ def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
         return
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     reason = reason.removeprefix("Skipped: ")
-    if not reason.startswith(_KERNEL_LACKS):
+    if not reason.startswith((_KERNEL_LACKS, _DEBIAN_LACKS)):
         report.outcome = "failed"
         report.longrepr = f"skipped, where every test has to run: {reason}"

@@ -114,6 +114,10 @@ frontend all
     return logged(data, ["haproxy", "-db", "-f", str(data / "conf")])
 
 
+def node(directory: Path, name: str, port: int = PORT) -> list[str]:
+    return logged(place(directory, name), ["node", str(Path(__file__).parent / "answering.js"), name, str(port)])
+
+
 def node_exporter(directory: Path, name: str, port: int = PORT) -> list[str]:
     """A Go server; what it exports is its name."""
     data = place(directory, name)
@@ -121,6 +125,10 @@ def node_exporter(directory: Path, name: str, port: int = PORT) -> list[str]:
     return logged(data, ["prometheus-node-exporter", f"--web.listen-address=:{port}", "--collector.disable-defaults",
                          "--collector.textfile", f"--collector.textfile.directory={data}", "--log.level=debug",
                          "--web.disable-exporter-metrics"])
+
+
+def exported(peer: socket.socket) -> str:
+    return field(get(peer, "/metrics"), 'name{is="', "")
 
 
 def get(peer: socket.socket, path: str = "/") -> str:
@@ -136,7 +144,8 @@ def get(peer: socket.socket, path: str = "/") -> str:
 
 class Kind(NamedTuple):
     """`start`: the command of one, by the directory for its own, its name and its port. `who`: the one that answers on
-    this connection. `entry`: what its log has at least once for a client that it served ({address}, {port})."""
+    this connection. `entry`: what its log has at least once for a client that it served ({address}, {port}); nothing
+    of a program that logs none."""
 
     start: Callable[[Path, str, int], list[str]]
     who: Callable[[socket.socket], str]
@@ -148,4 +157,6 @@ KINDS = {
     "nginx": Kind(nginx, get, "{address} {port} GET"),
     "http.server": Kind(http_server, get, "{address} - - ["),
     "haproxy": Kind(haproxy, get, "{address} {port} GET"),
+    "node": Kind(node, get, "{address} {port} GET"),
+    "go": Kind(node_exporter, exported, ""),
 }
