@@ -145,14 +145,16 @@ class OriginProcess:
 
     def stop(self, idle_ms: int | None, within_s: float, *, answered: bool) -> None:
         """All threads, within `within_s`, at an instant at which none has bytes of the connection in its hands; looked
-        for as long as `idle_ms` says (None: any instant will do, as it does where the application quiesced).
-        `answered`: the peer's last word, too."""
+        for as long as `idle_ms` says (None: any instant will do, as it does where the application quiesced), beside the
+        stops themselves: on a busy machine one may take longer. `answered`: the peer's last word, too."""
         if self._application is not None:
             idle_ms = None
         deadline = time.monotonic() + (idle_ms or 0) / 1000
         while True:
             tracee = Tracee(self.identity.pid)
+            began = time.monotonic()
             tracee.stop(within_s)
+            deadline += time.monotonic() - began
             self._tracee = tracee
             busy = None
             if idle_ms is not None:

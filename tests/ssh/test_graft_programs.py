@@ -91,7 +91,7 @@ def test_there_and_back(origin: str, destination: str, version: int, passes: int
             for way in itertools.islice(itertools.cycle(("auto", "accept", "listen")), passes):
                 names = {"auto": "auto", "listen": f"listen:{PORT}",
                          "accept": f"accept:{here.nodes[here.other.name].process.pid}"}
-                here.pass_once("--into", names[way], attempts=3)
+                here.pass_once("--into", names[way], "--when", "idle:20000", attempts=3)  # clients ask all the time
                 assert kinds[here.owner.name].who(peer) == own[here.owner.name]
         for number, (name, kind) in enumerate(kinds.items()):
             until(entered(kind, tmp_path / name / "log", peer, turns=len(range(number, passes + 1, 2))),
