@@ -38,7 +38,7 @@ from .rehearsal import rehearse, warm_up
 from .transport.wire import Wire
 
 _PREPARED_TIMEOUT_S = 10.0
-_STANDING_TIMEOUT_S = 1.0  # with a whole program standing still
+_STANDS_FOR = 2  # times what the origin allows itself before its offer: its word may be under way when that is over
 # Until the state comes, the origin may wait for a quiet instant, or for its application.
 _TIMEOUTS_S = {DestinationState.READY: 60.0, DestinationState.INTERRUPTED: 30.0}
 PROLOGUE_FILE = "prologue"
@@ -74,6 +74,7 @@ class Destination:
         self._rehearsed: Image | None = None
         self._elapsed_ms = 0
         self._unfenced = False
+        self._standing_s = _PREPARED_TIMEOUT_S  # how long a whole program may stand still for an offer
         self._delivered = False
         self._interrupted = False
         self._reason = ""
@@ -88,6 +89,7 @@ class Destination:
             raise ProtocolError("a prologue that is too long")
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
                    stage.prologue if stage.has_prologue else None, entry)
+        side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
         try:
             read_inet_sk(stage.inet_sk)
             side._stage()
@@ -170,7 +172,7 @@ class Destination:
 
     def timeout_s(self) -> float | None:
         stands = self._graft is not None and self._graft.stops and self._machine_state is DestinationState.PREPARED
-        return _STANDING_TIMEOUT_S if stands else _TIMEOUTS_S.get(self._machine_state, _PREPARED_TIMEOUT_S)
+        return self._standing_s if stands else _TIMEOUTS_S.get(self._machine_state, _PREPARED_TIMEOUT_S)
 
     def next_event(self, timeout_s: float | None) -> Event:
         try:

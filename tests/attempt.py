@@ -20,7 +20,7 @@ class Attempt:
     """A pass under way, which is stopped at one step."""
 
     def __init__(self, here: World, step: str, *extra: str, argv: list[str] | None = None, fails_with: str = "",
-                 also: str = "") -> None:
+                 also: str = "", max_stall_ms: int = 10_000) -> None:
         """`argv`: another command than a pass to the other host; all of its processes are on the origin's.
         `fails_with`: the step does not stop, it fails with this errno. `also`: a later point at which to stop, on
         whichever side."""
@@ -34,7 +34,7 @@ class Attempt:
         if not at_origin or also:
             quoted = " ".join(f"'{name}={value}'" for name, value in variables.items())
             options = ["--remote-command", f"env {quoted} {COMMAND}"]
-        self.command = here.owner.spawn(argv or here.pass_argv(*options, *extra, "--max-stall", "10000"),
+        self.command = here.owner.spawn(argv or here.pass_argv(*options, *extra, "--max-stall", str(max_stall_ms)),
                                         env=environment,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         name = "tcpcp-keeper" if at_origin else "tcpcp-serve"

@@ -69,7 +69,7 @@ def graft(into: str, flow: Flow, killer: Killer) -> None:
     image = encode(state)
     reading, writing = socket.socketpair()
     wire = Wire(reading.fileno(), writing.fileno())
-    stage = Stage(journal.new_id(), flow.to_json(), into, "auto", image.inet_sk, PROLOGUE is not None,
+    stage = Stage(journal.new_id(), flow.to_json(), into, "auto", image.inet_sk, 500, PROLOGUE is not None,
                   (PROLOGUE or "").encode())
     record = journal.Journal(stage.pass_id, journal.DESTINATION)
     with record.claimed(stage.flow):

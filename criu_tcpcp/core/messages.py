@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from .errors import ProtocolError
 
-PROTOCOL = 3  # one more for every message, field or meaning that is new
+PROTOCOL = 4  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
@@ -60,8 +60,9 @@ class Hello(Message):
 
 @dataclass(frozen=True)
 class Stage(Message):
-    """`inet_sk`: the connection's inet_sk_entry while it still runs; Prepare's is the one that counts. `prologue`: what
-    the program there reads before the peer's bytes, if `has_prologue`."""
+    """`inet_sk`: the connection's inet_sk_entry while it still runs; Prepare's is the one that counts. `max_stall_ms`:
+    how long the pass may take before the offer. `prologue`: what the program there reads before the peer's bytes, if
+    `has_prologue`."""
 
     kind = 2
     pass_id: str
@@ -69,6 +70,7 @@ class Stage(Message):
     into: str
     redirect: str
     inet_sk: bytes
+    max_stall_ms: int
     has_prologue: bool = False
     prologue: bytes = field(default=b"", repr=False)
 

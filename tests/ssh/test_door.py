@@ -212,7 +212,7 @@ def test_addresses_that_nobody_can_pass_are_refused_whatever_the_policy_says() -
             existing = {**flow.to_json(), "local": list(listener.getsockname()), "peer": list(there.getsockname())}
             with Voice(door, "web1") as voice:
                 for number, one in enumerate([*flows, existing]):
-                    answer = voice.ask(messages.Stage(f"{number:016x}", one, "auto", "auto", inet_sk))
+                    answer = voice.ask(messages.Stage(f"{number:016x}", one, "auto", "auto", inet_sk, 500))
                     assert isinstance(answer, messages.Refused), one
                     assert "cannot live here" in answer.reason or "itself" in answer.reason \
                         or "already" in answer.reason, answer

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -27,10 +28,10 @@ AFTER = [*handoff.DESTINATION[handoff.DestinationState.DECIDING, handoff.Event.D
 
 
 @contextmanager
-def attempted(step: str) -> Iterator[tuple[World, socket.socket, Attempt]]:
+def attempted(step: str, **options: Any) -> Iterator[tuple[World, socket.socket, Attempt]]:
     """A pass that waits at a step; at the end the destination's server serves a client of its own, and all is gone."""
     with served(server("threads", "0.0.0.0"), server("epoll-et", "0.0.0.0")) as (here, peer):
-        attempt = Attempt(here, step, *SEEN)
+        attempt = Attempt(here, step, *SEEN, **options)
         yield here, peer, attempt
         until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
         destination = here.lab.destination
@@ -96,7 +97,7 @@ def test_serve_dies_before_it_has_replaced_a_descriptor(action: Action) -> None:
 @pytest.mark.parametrize("step", ["destination:send prepared", "origin:verify"])
 def test_the_server_does_not_stand_still_for_an_origin_that_hangs(step: str) -> None:
     """It runs again, without the connection, and the pass is undone when the origin comes back."""
-    with attempted(step) as (here, peer, attempt):
+    with attempted(step, max_stall_ms=1000) as (here, peer, attempt):
         server_pid = here.nodes["destination"].process.pid
         if step.startswith("destination"):
             keeper, = attempt.find("tcpcp-keeper")
