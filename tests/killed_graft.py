@@ -23,6 +23,7 @@ from typing import Any
 
 from criu_tcpcp import journal, settle
 from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.core.errors import Refused
 from criu_tcpcp.core.handoff import Action
 from criu_tcpcp.core.image import encode
 from criu_tcpcp.core.messages import Prepare, Stage
@@ -36,6 +37,7 @@ from waiting import until
 
 PEER = Endpoint(ipaddress.ip_address("10.77.1.2"), 45678)
 PATIENCE_S = 10.0
+ATTEMPTS = 3
 LINES = ("graft/in_place.py", "graft/throwaway.py", "graft/to_descriptor.py", "graft/to_new_descriptor.py",
          "graft/to_replaced.py", "graft/replacing.py",
          "kernel/injection.py")
@@ -91,7 +93,17 @@ def serves(address: str, port: int) -> None:
 
 
 def one(into: str, pid: int, flow: Flow, at: int) -> int:
-    """Returns the points that were passed; 0 where it was killed."""
+    """Returns the points that were passed; 0 where it was killed. A graft may be refused, and leaves nothing either,
+    where the machine has no time to stop the program."""
+    for _ in range(ATTEMPTS):
+        points = attempt(into, pid, flow, at)
+        if points is not None:
+            return points
+    raise SystemExit(f"the graft fails by itself, to be killed at point {at}")
+
+
+def attempt(into: str, pid: int, flow: Flow, at: int) -> int | None:
+    """As `one`; None where the graft was refused."""
     before = links(pid)
     reading, writing = os.pipe()
     child = os.fork()
@@ -100,14 +112,14 @@ def one(into: str, pid: int, flow: Flow, at: int) -> int:
         try:
             graft(into, flow, killer)
             os.write(writing, b"%d" % killer.points)
+        except Refused as error:
+            print(f"to be killed at point {at}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(0)
     os.close(writing)
     with open(reading) as told:
         points = int(told.read() or 0)
     _pid, status = os.waitpid(child, 0)
-    if not points and not os.WIFSIGNALED(status):
-        raise SystemExit(f"the graft failed by itself, to be killed at point {at}")
     until(lambda: process.run_state(pid) in ("S", "R"), f"the program runs again after point {at}: "
           f"{process.run_state(pid)}", PATIENCE_S)
     settle.sweep_host()
@@ -120,7 +132,7 @@ def one(into: str, pid: int, flow: Flow, at: int) -> int:
     serves(str(source_towards(PEER)), flow.local.port)
     until(lambda: links(pid) == before, f"the program to have its own descriptors only after point {at}: {links(pid)}",
           PATIENCE_S)
-    return points
+    return points if points or os.WIFSIGNALED(status) else None
 
 
 def links(pid: int) -> list[str]:
@@ -134,8 +146,6 @@ def main() -> None:
     flow = replace(plain().flow, local=local, peer=PEER)
     with contextlib.redirect_stdout(sys.stderr):
         points = one(into, pid, flow, 0)
-        if not points:
-            raise SystemExit("the graft failed by itself")
         killed = sum(not one(into, pid, flow, at) for at in range(1, points, max(1, points // times)))
     print(json.dumps({"points": points, "killed": killed}))
 

@@ -42,6 +42,7 @@ class Served:
 
     def step(self) -> bool:
         """Once it is readable; False at its end."""
+        data = b""
         try:
             data = self.sock.recv(_CHUNK)
             if data:
@@ -51,7 +52,7 @@ class Served:
         except BlockingIOError:
             return True
         except OSError as error:
-            say("error", error=str(error))
+            say("error", error=str(error), doing="answer" if data else "read")
         self.sock.close()
         return False
 

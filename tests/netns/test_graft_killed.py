@@ -15,6 +15,8 @@ from world import PORT, Program
 
 pytestmark = pytest.mark.root
 
+ERRORS = ["[Errno 1] Operation not permitted", "[Errno 103] Software caused connection abort",
+          "[Errno 107] Transport endpoint is not connected", "[Errno 22] Invalid argument"]
 TESTS = Path(__file__).parents[1]
 
 
@@ -44,7 +46,8 @@ def test_a_graft_can_be_killed_at_every_point(lab: Lab, model: str, way: str, ti
     # A graft passes more points while it waits for a busy machine: one that waits less may end before the last of them.
     assert told["killed"] >= times * 3 // 4
     until(lambda: server.count("end") + server.count("error") == server.count("serving"), "each connection to end")
-    assert {one["error"] for one in server.events if one["event"] == "error"} <= {
-        "[Errno 1] Operation not permitted", "[Errno 103] Software caused connection abort",
-        "[Errno 107] Transport endpoint is not connected", "[Errno 22] Invalid argument"}
+    errors = {(one["doing"], one["error"]) for one in server.events if one["event"] == "error"}
+    # Nobody was there to be answered but the prologue; its sender may have gone by then.
+    assert errors <= ({("answer", text) for text in (*ERRORS, "[Errno 32] Broken pipe") if prologue}
+                      | {("read", text) for text in ERRORS})
     assert [line for line in leftovers(host) if line not in before and not line.startswith("file d")] == []
