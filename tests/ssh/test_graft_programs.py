@@ -50,6 +50,7 @@ def others(here: World, kinds: Mapping[str, Kind]) -> Iterator[dict[str, str]]:
     own: dict[str, str] = {}
     over = threading.Event()
     problems: list[str] = []
+    answered: list[int] = []
 
     def ask_all_the_time(sock: socket.socket, host: str) -> None:
         answers = 0
@@ -59,6 +60,7 @@ def others(here: World, kinds: Mapping[str, Kind]) -> Iterator[dict[str, str]]:
                 answers += 1
         except (OSError, AssertionError, http.client.HTTPException) as error:
             problems.append(f"a client of {host}'s, after {answers} answers: {error!r}")
+        answered.append(answers)
 
     with contextlib.ExitStack() as stack:
         for host in (here.lab.origin, here.lab.destination):
@@ -72,6 +74,7 @@ def others(here: World, kinds: Mapping[str, Kind]) -> Iterator[dict[str, str]]:
                 stack.callback(over.set)
         yield own
     assert problems == []
+    assert min(answered) > 0, answered
 
 
 @pytest.mark.parametrize(("origin", "destination", "version", "passes"), [
