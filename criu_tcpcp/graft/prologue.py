@@ -19,6 +19,27 @@ from ..kernel.rawpacket import ACK, FIN, PSH, RST, Injector, Segment
 
 _CHUNK = 1024  # bytes; what every path carries
 _AGAIN_S = 0.2
+_REST_S, _LONG_S = 0.05, 1.0
+
+
+class Silence:
+    """How long a server says nothing, and whether that is for good: no sign tells of an answer that it is still waiting
+    for itself, which the peer would read. So one that was slow before is given twice that time, up to a second; and
+    one that has said nothing at all, a second. Times are the caller's."""
+
+    def __init__(self, now: float) -> None:
+        self._since, self._slowest, self._has_spoken = now, 0.0, False
+
+    def broken(self, now: float, *, by_word: bool) -> None:
+        """`by_word`: the server said something; else it has only taken what it was told."""
+        if by_word:
+            self._slowest, self._has_spoken = max(self._slowest, now - self._since), True
+        self._since = now
+
+    def is_over(self, now: float) -> bool:
+        """The conversation is."""
+        wanted = min(max(_REST_S, 2 * self._slowest), _LONG_S) if self._has_spoken else _LONG_S
+        return now - self._since > wanted
 
 
 class Speaker:

@@ -25,13 +25,13 @@ from ..kernel import process, routing, sockdiag, tcpinfo
 from ..kernel.sockdiag import Listener
 from . import Ground, Vessel, in_place
 from .in_place import IntoProgram, ProgramSocket, named
+from .prologue import Silence
 from .throwaway import Forged, Ordinary, ThrowAway, source_towards, undeferred
 
 _ACCEPT_TIMEOUT_S = 2.0
 _OTHERS_STAND_S = 0.3
 _MOMENT_S = 0.25
 _PROLOGUE_TIMEOUT_S = 5.0
-_REST_S, _SILENT_S = 0.05, 0.25  # without a word after an answer, and where nothing was answered at all
 _LOOK_EVERY_S = 0.002
 _QUIET_LOOKS = 4
 _TRIES = 64
@@ -157,8 +157,8 @@ class ToAccept(IntoProgram):
             raise Refused("the pass was not staged")
         who = named(taken.program.pid)
         thrown.say(prologue)
-        answered, since = 0, time.monotonic()
-        deadline = since + _PROLOGUE_TIMEOUT_S
+        answered, began = 0, time.monotonic()
+        silence, deadline = Silence(began), began + _PROLOGUE_TIMEOUT_S
         while True:
             time.sleep(_LOOK_EVERY_S)
             new = thrown.go_on()
@@ -171,8 +171,8 @@ class ToAccept(IntoProgram):
                               hint="its log may tell why")
             now = time.monotonic()
             if new or not thrown.has_said_all or entry.unread or entry.unacknowledged:
-                since = now
-            elif now - since > (_REST_S if answered else _SILENT_S) and process.waits(taken.program.pid):
+                silence.broken(now, by_word=bool(new))
+            elif silence.is_over(now) and process.waits(taken.program.pid):
                 break
             if now > deadline:
                 left = "has not read all of the prologue" if entry.unread or not thrown.has_said_all \

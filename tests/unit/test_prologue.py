@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from criu_tcpcp.core import tcp
 from criu_tcpcp.core.endpoint import Endpoint, Flow
 from criu_tcpcp.graft import prologue
-from criu_tcpcp.graft.prologue import Speaker
+from criu_tcpcp.graft.prologue import Silence, Speaker
 from criu_tcpcp.kernel.rawpacket import ACK, FIN, PSH, Segment
 
 FLOW = Flow(Endpoint(ipaddress.ip_address("192.0.2.1"), 80), Endpoint(ipaddress.ip_address("192.0.2.2"), 40000))
@@ -90,3 +90,22 @@ def test_the_servers_end_is_noted() -> None:
     server.ends()
     speaker.go_on()
     assert speaker.has_closed
+
+
+def test_a_server_that_says_nothing_is_given_a_second() -> None:
+    silence = Silence(10.0)
+    assert not silence.is_over(11.0)
+    silence.broken(10.5, by_word=False)
+    assert not silence.is_over(11.5)
+    assert silence.is_over(11.51)
+
+
+@pytest.mark.parametrize(("took", "wanted"), [(0.001, 0.05), (0.2, 0.4), (3.0, 1.0)])
+def test_a_server_that_was_slow_is_given_twice_that_time(took: float, wanted: float) -> None:
+    silence = Silence(10.0)
+    silence.broken(10.0 + took, by_word=True)
+    silence.broken(20.0, by_word=False)
+    assert not silence.is_over(19.99 + wanted)
+    assert silence.is_over(20.01 + wanted)
+    silence.broken(20.001, by_word=True)  # quick for once
+    assert not silence.is_over(19.99 + wanted)
