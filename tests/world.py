@@ -22,6 +22,7 @@ from typing import Any
 
 from criu_tcpcp import journal, verify
 from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.kernel.process import run_state
 from criu_tcpcp.lab import Host, Lab, leftovers
 from waiting import PATIENCE_S, until
 
@@ -90,6 +91,14 @@ def capturing(host: Host, path: Path, length: int = 200) -> subprocess.Popen[byt
     assert process.stderr is not None
     assert b"listening" in process.stderr.readline()
     return process
+
+
+def captured(process: subprocess.Popen[bytes], path: Path) -> bytes:
+    """What `capturing` has seen: everything, once it waits for more. Ended before, it leaves the rest unread."""
+    until(lambda: run_state(process.pid) == "S", "tcpdump to have read everything")
+    process.terminate()
+    process.wait()
+    return path.read_bytes()
 
 
 class World:
@@ -165,7 +174,7 @@ class World:
         if passes is None:
             self._spoke_in_turn(captures)
         if changes:
-            assert len(verdict.turns) == (self.passes if passes is None else passes) + 1
+            assert len(verdict.turns) == (self.passes if passes is None else passes) + 1, verdict.turns
         return verdict
 
     def verdict(self, before: dict[str, int] | None = None, *, loss_free: bool = True) -> verify.Verdict:
@@ -211,9 +220,7 @@ class World:
         """Stop capturing, and what was captured."""
         found = []
         for name, role, process, path in self._captures:
-            process.terminate()
-            process.wait()
-            found.append(verify.parse(path.read_bytes(), name, role))
+            found.append(verify.parse(captured(process, path), name, role))
         self._captures = []
         return found
 

@@ -13,7 +13,7 @@ from criu_tcpcp.core.errors import KernelError, Refused
 from criu_tcpcp.kernel.rawpacket import Sniffer
 from criu_tcpcp.lab import Lab, leftovers
 from criu_tcpcp.transport.target import LocalTarget
-from world import capturing
+from world import captured, capturing
 
 pytestmark = pytest.mark.root
 
@@ -60,9 +60,7 @@ def test_get_create_activate(lab: Lab, version: int) -> None:
         alive.close()
         assert peer.recv(1) == b""
         ours.close()
-    capture.terminate()
-    capture.wait()
-    verdict = verify.verify([verify.parse(path.read_bytes(), "peer", verify.Role.PEER)], state.flow,
+    verdict = verify.verify([verify.parse(captured(capture, path), "peer", verify.Role.PEER)], state.flow,
                             verify.Expectations(loss_free=True, fin_passed=True, passes=0))
     assert verdict.violations == ()
     assert leftovers(lab.origin) == before
