@@ -2,7 +2,8 @@
 
 A frame is: length of what follows (u32, big endian), kind (u8), length of the header (u32), the header (JSON, the
 message's plain fields and the lengths of its blobs), the blobs. Every length is checked against a bound before anything
-is allocated for it; unknown kinds, fields and types are refused, and nothing may trail.
+is allocated for it; unknown kinds, fields and types are refused, and nothing may trail. Words are words (what UTF-8 can
+say) and numbers are numbers (no NaN, no infinity), however deep they lie: whoever uses them need not ask again.
 
 The conversation, origin (O) and destination (D):
 
@@ -23,19 +24,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .errors import ProtocolError
+from .state import MAX_CARRIED
 
 PROTOCOL = 4  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
-MAX_FRAME = 1 << 29  # two queues far beyond what any kernel allows, and the application's state
+MAX_FRAME = MAX_CARRIED + (1 << 20)  # the queues and the application's state, and what describes them
 MAX_SMALL_FRAME = 1 << 16  # of every message without queues
 MAX_PROLOGUE = 1 << 15  # bytes
+
+Step = list[Any]  # [name, milliseconds]
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,14 @@ class Committed(Message):
 
 @dataclass(frozen=True)
 class Active(Message):
-    """`left`: what the destination could not clean up. `notes`: what it could not carry and does no harm. `steps`:
-    [name, milliseconds] of its steps."""
+    """`left`: what the destination could not clean up. `notes`: what it could not carry and does no harm. `steps`: what
+    it did."""
 
     kind = 9
     pass_id: str
-    left: list[Any]
-    notes: list[Any]
-    steps: list[Any]
+    left: list[str]
+    notes: list[str]
+    steps: list[Step]
 
 
 @dataclass(frozen=True)
@@ -229,39 +233,48 @@ class Tried(Message):
     """`features`: objects as `check --json` prints them."""
 
     kind = 19
-    features: list[Any]
+    features: list[dict[str, Any]]
 
 
 _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
                     Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent)}
-#: The annotation of a field -> its JSON type, and the type of a list's elements where that is fixed.
-_TYPES: dict[str, tuple[type, type | None]] = {
-    "int": (int, None), "str": (str, None), "bool": (bool, None), "list[int]": (list, int), "list[str]": (list, str),
-    "list[Any]": (list, None), "dict[str, Any]": (dict, None), "bytes": (bytes, None)}
 
 
-def _fields(kind: type[Message]) -> Iterator[tuple[str, type]]:
-    return ((one.name, _TYPES[str(one.type)][0]) for one in dataclasses.fields(kind))
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is kind
 
 
-def _element_types(kind: type[Message]) -> dict[str, type | None]:
-    return {one.name: _TYPES[str(one.type)][1] for one in dataclasses.fields(kind)}
+def _is_step(value: Any) -> bool:
+    """A time of more than a day is none."""
+    return (type(value) is list and len(value) == 2 and type(value[0]) is str and type(value[1]) in (int, float)
+            and 0 <= value[1] < 1e8)
+
+
+#: The annotation of a field -> its JSON type, and what holds for each element of a list.
+_TYPES: dict[str, tuple[type, Callable[[Any], bool] | None]] = {
+    "int": (int, None), "str": (str, None), "bool": (bool, None), "bytes": (bytes, None),
+    "dict[str, Any]": (dict, None), "list[int]": (list, _is(int)), "list[str]": (list, _is(str)),
+    "list[Step]": (list, _is_step), "list[dict[str, Any]]": (list, _is(dict))}
+
+
+def _fields(kind: type[Message]) -> Iterator[tuple[str, type, Callable[[Any], bool] | None]]:
+    return ((one.name, *_TYPES[str(one.type)]) for one in dataclasses.fields(kind))
 
 
 def encode(message: Message) -> bytes:
-    """The message as a frame."""
+    """The message as a frame. What is no text (a file's name may be any bytes) is sent with marks in those places."""
     header: dict[str, Any] = {}
     blobs: list[bytes] = []
-    for name, type_ in _fields(type(message)):
+    for name, type_, _is_element in _fields(type(message)):
         value = getattr(message, name)
         if type_ is bytes:
             blobs.append(value)
         else:
             header[name] = value
     header["blobs"] = [len(blob) for blob in blobs]
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     size = _HEAD.size + len(text) + sum(header["blobs"])
     if len(text) > MAX_HEADER or size > MAX_FRAME:
         raise ProtocolError(f"a {type(message).__name__} of {size} bytes is too large to send")
@@ -279,9 +292,9 @@ class Decoder:
         self._buffer += data
         found: list[Message] = []
         while (size := self._complete()) is not None:
-            frame = bytes(self._buffer[_LENGTH.size:_LENGTH.size + size])
+            with memoryview(self._buffer) as whole, whole[_LENGTH.size:_LENGTH.size + size] as frame:
+                found.append(_decode(frame))  # what it keeps is a copy
             del self._buffer[:_LENGTH.size + size]
-            found.append(_decode(frame))
         return found
 
     def _complete(self) -> int | None:
@@ -298,33 +311,32 @@ class Decoder:
         return size if len(self._buffer) >= _LENGTH.size + size else None
 
 
-def _decode(frame: bytes) -> Message:
+def _decode(frame: memoryview) -> Message:
     number, header_length = _HEAD.unpack_from(frame)
     kind = _KINDS[number]
     if header_length > min(MAX_HEADER, len(frame) - _HEAD.size):
         raise ProtocolError(f"the header of a {kind.__name__} is longer than the message")
     position = _HEAD.size + header_length
     try:
-        header = json.loads(frame[_HEAD.size:position])
+        header = json.loads(bytes(frame[_HEAD.size:position]))
+        json.dumps(header, ensure_ascii=False, allow_nan=False).encode()  # ValueError: half a surrogate pair, or NaN
         lengths = header.pop("blobs")
         if type(lengths) is not list:
             raise ValueError("the lengths of the blobs are not a list")
-        elements = _element_types(kind)
         values: dict[str, Any] = {}
-        for name, type_ in _fields(kind):
+        for name, type_, is_element in _fields(kind):
             if type_ is bytes:
                 length = lengths.pop(0)
                 if type(length) is not int or not 0 <= length <= len(frame) - position:
                     raise ValueError("a blob is longer than the message")
-                values[name] = frame[position:position + length]
+                values[name] = bytes(frame[position:position + length])
                 position += length
             else:
                 values[name] = header.pop(name)
                 if type(values[name]) is not type_:
                     raise ValueError(f"{name} is not a {type_.__name__}")
-                element = elements[name]
-                if element is not None and any(type(one) is not element for one in values[name]):
-                    raise ValueError(f"{name} has an element that is not a {element.__name__}")
+                if is_element is not None and not all(map(is_element, values[name])):
+                    raise ValueError(f"{name} has an element of another kind")
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError) as error:
         raise ProtocolError(f"malformed {kind.__name__}: {error}") from None
     if header or lengths or position != len(frame):

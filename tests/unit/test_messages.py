@@ -29,7 +29,9 @@ json_values = st.recursive(st.none() | st.booleans() | numbers | texts,
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "int": numbers, "str": texts, "bool": st.booleans(), "bytes": st.binary(max_size=200),
     "list[int]": st.lists(numbers, max_size=4), "list[str]": st.lists(texts, max_size=4),
-    "list[Any]": st.lists(json_values, max_size=4), "dict[str, Any]": st.dictionaries(texts, json_values, max_size=4)}
+    "list[Step]": st.lists(st.tuples(texts, st.integers(0, 1 << 20) | st.floats(0, 1e6)).map(list), max_size=4),
+    "dict[str, Any]": st.dictionaries(texts, json_values, max_size=4),
+    "list[dict[str, Any]]": st.lists(st.dictionaries(texts, json_values, max_size=4), max_size=3)}
 
 
 def of_kind(kind: type[Message]) -> st.SearchStrategy[Message]:
@@ -134,6 +136,29 @@ def test_a_number_is_a_number(value: object) -> None:
 def test_the_elements_of_a_list_of_numbers_are_numbers(network: list[object]) -> None:
     words = {"version": "", "host": "", "boot_id": ""}
     refuses(frame(Hello.kind, {"protocol": 1, **words, "network": network, "blobs": []}))
+
+
+@pytest.mark.parametrize("steps", [
+    ["a"], [None], [{}], [[]], [["a"]], [["a", 1, 2]], [[1, "a"]], [["a", "1"]], [["a", None]], [["a", True]],
+    [["a", -1]], [["a", 1e9]], [["a", 10 ** 400]]], ids=lambda steps: repr(steps)[:30])
+def test_a_step_is_a_name_and_a_time(steps: list[object]) -> None:
+    """The origin makes its report of them when all is done: it must not stumble there."""
+    assert Decoder().feed(frame(messages.Active.kind, {"pass_id": "", "left": [], "notes": [], "steps": [["a", 1.5]],
+                                                       "blobs": []}))
+    refuses(frame(messages.Active.kind, {"pass_id": "", "left": [], "notes": [], "steps": steps, "blobs": []}))
+
+
+@pytest.mark.parametrize("text", [r'"\ud800"', r'["\udc80"]', r'{"a": {"\ud9ff": 1}}', "NaN", "[-Infinity]",
+                                  '{"a": 1e999}'])
+def test_half_a_character_and_what_is_no_number_are_refused_however_deep(text: str) -> None:
+    for header in (f'{{"pass_id": {text}, "blobs": []}}', f'{{"pass_id": "", "flow": {{"x": {text}}}, "blobs": []}}'):
+        for kind in (messages.Query, messages.Ask):
+            refuses(frame(kind.kind, header.encode()))
+
+
+def test_what_is_no_text_can_be_sent_all_the_same() -> None:
+    """A file's name may be any bytes; the other side reads it with marks in their place."""
+    assert Decoder().feed(encode(messages.Aborted("", "a\udcffb\u00e4"))) == [messages.Aborted("", "a?b\u00e4")]
 
 
 @pytest.mark.parametrize("lengths", [
