@@ -1,4 +1,7 @@
-"""Where words leave the program: results to stdout, everything else to stderr, colour only on a terminal."""
+"""Where words leave the program: results to stdout, everything else to stderr, colour only on a terminal.
+
+Words come from the other host, from file names and from processes too: what a terminal would act upon is escaped.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from ..core.errors import Owner, TcpcpError
 
 _OWNERS = {Owner.ORIGIN: "the origin has the connection", Owner.DESTINATION: "the destination has the connection",
            Owner.UNKNOWN: "who has the connection is not known yet", Owner.NONE: "nobody has the connection"}
+_LAYOUT = dict.fromkeys(map(ord, "\n\t"))  # ours: tables, and what --print-completion prints
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -26,8 +30,14 @@ def _write(stream: TextIO, text: str) -> None:
             log(f"cannot write to stdout: {error.strerror}")
 
 
+def _printable(text: str) -> str:
+    if text.translate(_LAYOUT).isprintable():
+        return text
+    return "".join(c if c.isprintable() or ord(c) in _LAYOUT else repr(c)[1:-1] for c in text)
+
+
 def result(text: str) -> None:
-    _write(sys.stdout, text)
+    _write(sys.stdout, _printable(text))
 
 
 def result_json(value: dict[str, Any]) -> None:
@@ -55,7 +65,7 @@ def progress(text: str) -> None:
 
 
 def log(text: str) -> None:
-    _write(sys.stderr, f"criu-tcpcp: {text}")
+    _write(sys.stderr, _printable(f"criu-tcpcp: {text}"))
 
 
 def error(problem: TcpcpError, *, about_connection: bool) -> None:
@@ -64,7 +74,7 @@ def error(problem: TcpcpError, *, about_connection: bool) -> None:
     owner = _OWNERS[problem.owner] if about_connection else ""
     if owner and "has its connection" not in text:
         text += f"; {owner}"
-    log(_emphasised(" ".join(text.split())))
+    _write(sys.stderr, f"criu-tcpcp: {_emphasised(_printable(' '.join(text.split())))}")
 
 
 def _emphasised(text: str) -> str:

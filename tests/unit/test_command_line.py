@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from criu_tcpcp.cli import console, main
+from criu_tcpcp.core.errors import Refused
 
 
 def options() -> Iterator[tuple[str, str]]:
@@ -102,3 +103,14 @@ def test_a_table_is_as_wide_as_what_is_in_it(capsys: pytest.CaptureFixture[str])
     head, one, two = capsys.readouterr().out.splitlines()
     assert head.index("Process") == one.index("a-long") == two.index("x(")
     assert head.index("Local") == one.index("[2001") == two.index("192")
+
+
+def test_what_a_terminal_would_act_upon_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    """Words come from the other host, from file names and from processes."""
+    for say in (console.result, console.log):
+        say("a\tb\n\x1b]0;owned\x07 \x9b31m \u202e \udcff end")
+    console.error(Refused("no\x1b[2J", hint="\x08"), about_connection=False)
+    said = capsys.readouterr()
+    line = "a\tb\n\\x1b]0;owned\\x07 \\x9b31m \\u202e \\udcff end\n"
+    assert said.out == line
+    assert said.err == f"criu-tcpcp: {line}criu-tcpcp: no\\x1b[2J (\\x08)\n"
