@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import socket
 import struct
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,9 @@ from .tcp import TcpState
 EXTRAS_VERSION = 1
 _O_RDWR, _O_NONBLOCK = 2, 0o4000
 _ENTRY_LIMIT = 1 << 16
-_TEXT_LIMIT = 15  # IFNAMSIZ, TCP_CA_NAME_MAX less the zero
+_EXTRAS_LIMIT = 1 << 16
+_TEXT = re.compile(r"[!-.0-~]{0,15}")  # IFNAMSIZ, TCP_CA_NAME_MAX less the zero; no name of either kind has a slash
+_LONGEST_S = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ def _encode_extras(state: ConnectionState) -> bytes:
 
 
 def _decode_extras(text: bytes) -> dict[str, Any]:
+    if len(text) > _EXTRAS_LIMIT:
+        raise ProtocolError("what travels beside the images is too long")
     extras = json.loads(text)
     if extras.get("version") != EXTRAS_VERSION:
         raise ProtocolError(f"what travels beside the images has version {extras.get('version')}, "
@@ -234,7 +239,8 @@ def _get_field(entry: Any, option: Option) -> OptionValue | None:
     for part in path:
         entry = getattr(entry, part)
     if option.form is Form.TIMEVAL:
-        return (int(getattr(entry, f"{name}_sec")), int(getattr(entry, f"{name}_usec")))
+        return (_number(option.name, int(getattr(entry, f"{name}_sec")), 0, _LONGEST_S),
+                _number(option.name, int(getattr(entry, f"{name}_usec")), 0, 999_999))
     if not entry.HasField(name):
         absent: dict[Form, OptionValue] = {Form.LINGER: (0, 0), Form.TEXT: ""}
         return absent.get(option.form)
@@ -255,7 +261,7 @@ def _signed(value: int) -> int:
 
 
 def _text(name: str, value: str) -> str:
-    if len(value) > _TEXT_LIMIT or "\0" in value:
+    if not _TEXT.fullmatch(value):
         raise ProtocolError(f"the value of {name} is no name")
     return str(value)
 

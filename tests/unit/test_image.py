@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import struct
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -160,7 +161,8 @@ def sk_with(**changes: Any) -> bytes:
             entry.ClearField(name)
             getattr(entry, name).extend(value)
         else:
-            setattr(entry, name, value)
+            *path, last = name.split(".")
+            setattr(getattr(entry, path[0]) if path else entry, last, value)
     return bytes(entry.SerializeToString())
 
 
@@ -211,7 +213,10 @@ CONGESTION = {"snd_cwnd": 10, "snd_ssthresh": 1, "rtt_us": 1, "rttvar_us": 1, "r
     {"options": {"TCP_NODELAY": True}}, {"options": {"TCP_NODELAY": "1"}}, {"options": {"TCP_NODELAY": 1.0}},
     {"options": {"TCP_NODELAY": [1]}}, {"options": {"TCP_NODELAY": None}}, {"options": {"TCP_NODELAY": 1 << 40}},
     {"options": {"TCP_CONGESTION": 1}}, {"options": {"TCP_CONGESTION": "x" * 65}},
-    {"options": {"TCP_CONGESTION": "a\0b"}}], ids=lambda changes: repr(changes)[:60])
+    {"options": {"TCP_CONGESTION": "a\0b"}}, {"options": {"TCP_CONGESTION": "a/b"}},
+    {"options": {"TCP_CONGESTION": "a b"}}, {"options": {"TCP_CONGESTION": "\u00e4"}},
+    {"options": {"TCP_CONGESTION": "\udc80"}}, {"options": dict.fromkeys(map(str, range(10000)), 1)}],
+    ids=lambda changes: repr(changes)[:60])
 def test_extras_that_are_not_ours_are_refused(changes: dict[str, Any]) -> None:
     refuses(extras=extras_with(**changes))
 
@@ -220,6 +225,17 @@ def test_extras_that_are_not_ours_are_refused(changes: dict[str, Any]) -> None:
                          ids=lambda text: repr(text[:6]))
 def test_extras_that_are_not_json_are_refused(text: bytes) -> None:
     refuses(extras=text)
+
+
+def test_extras_that_are_too_long_are_not_even_read() -> None:
+    """As JSON they could be fifty times their size in memory."""
+    nested = extras_with()[:-1] + b',"more":[' + b"[],[]," * (1 << 20) + b"[]]}"
+    tracemalloc.start()
+    try:
+        refuses(extras=nested)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("text", [
