@@ -27,8 +27,11 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ValueError(f"port {self.port} is outside 1..65535")
-        if isinstance(self.address, ipaddress.IPv6Address) and self.address.ipv4_mapped is not None:
-            raise ValueError(f"{self.address} is v4-mapped; an endpoint holds the IPv4 address itself")
+        if isinstance(self.address, ipaddress.IPv6Address):
+            if self.address.ipv4_mapped is not None:
+                raise ValueError(f"{self.address} is v4-mapped; an endpoint holds the IPv4 address itself")
+            if self.address.scope_id is not None:
+                raise ValueError(f"{str(self.address)[:80]!r} names an interface, which has a meaning on one host only")
 
     def __str__(self) -> str:
         return f"[{self.address}]:{self.port}" if self.address.version == 6 else f"{self.address}:{self.port}"
@@ -58,6 +61,8 @@ class Flow:
             raise ValueError(f"{self.local} and {self.peer} are of different families")
         if self.mapped and self.ip_version != 4:
             raise ValueError("only an IPv4 flow can be v4-mapped")
+        if not 0 <= self.scope_id < 1 << 32:
+            raise ValueError(f"{str(self.scope_id)[:20]} is not the index of an interface")
 
     @property
     def ip_version(self) -> int:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 
 from criu_tcpcp.core import tcp
-from criu_tcpcp.core.endpoint import Endpoint
+from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.core.errors import ProtocolError
 from criu_tcpcp.core.state import ConnectionState, Negotiated, Window
 from criu_tcpcp.core.tcp import TcpState
 from states import plain, states
@@ -82,3 +83,27 @@ def test_an_endpoint_is_what_its_text_says(text: str) -> None:
 def test_what_is_no_endpoint(text: str) -> None:
     with pytest.raises(ValueError):
         Endpoint.parse(text)
+
+
+FLOW = {"local": ["192.0.2.1", 80], "peer": ["198.51.100.2", 5], "mapped": False, "scope_id": 0}
+FLOW_6 = FLOW | {"local": ["2001:db8::1", 80], "peer": ["fe80::2", 5], "scope_id": 3}
+
+
+@pytest.mark.parametrize("value", [FLOW, FLOW_6, FLOW | {"mapped": True}])
+def test_a_flow_is_what_its_json_says(value: dict[str, Any]) -> None:
+    assert Flow.from_json(value).to_json() == value
+
+
+@pytest.mark.parametrize("value", [
+    None, [], "flow", {}, FLOW | {"more": 1}, FLOW | {"mapped": 1}, FLOW_6 | {"mapped": True},
+    FLOW | {"scope_id": -1}, FLOW_6 | {"scope_id": 1 << 32}, FLOW_6 | {"scope_id": True}, FLOW_6 | {"scope_id": 1.0},
+    FLOW | {"scope_id": 10 ** 400},
+    *(FLOW | {"peer": peer} for peer in (
+        None, [], "ab", ["198.51.100.2"], ["198.51.100.2", 5, 5], ["198.51.100.2", "5"], ["198.51.100.2", True],
+        ["198.51.100.2", 0], ["198.51.100.2", 65536], ["198.51.100.2", -1], ["host", 5], [5, 5], [None, 5], [[], 5],
+        ["198.51.100.2/24", 5], ["198.51.100.02", 5], ["\udc80", 5], ["2001:db8::1", 5])),
+    *(FLOW_6 | {"peer": [peer, 5]} for peer in ("::ffff:198.51.100.2", "fe80::1%eth0", "2001:db8::1%" + "x" * 10000)),
+], ids=lambda value: repr(value)[:60])
+def test_what_is_no_flow(value: Any) -> None:
+    with pytest.raises(ProtocolError, match="not a flow"):
+        Flow.from_json(value)
