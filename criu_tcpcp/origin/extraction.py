@@ -95,11 +95,13 @@ class Extraction:
 
 def parts_of(saved: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     """The inverse of `saved`: inet_sk, tcp_stream, extras, the application's state."""
-    parts = []
-    while saved:
-        length = int.from_bytes(saved[:8], "big")
-        parts.append(saved[8:8 + length])
-        saved = saved[8 + length:]
-    if len(parts) != 4:
-        raise ProtocolError("the state in the journal is cut short")
+    parts, position = [], 0
+    for _ in range(4):
+        begin = position + 8
+        position = begin + int.from_bytes(saved[position:begin], "big")
+        if position > len(saved):
+            raise ProtocolError("the state in the journal is cut short")
+        parts.append(saved[begin:position])
+    if position != len(saved):
+        raise ProtocolError("something follows the state in the journal")
     return parts[0], parts[1], parts[2], parts[3]
