@@ -8,8 +8,9 @@ read those of others, so that a connection is not passed twice at once, but no p
 
 The run directory lies on tmpfs and sockets do not outlive their host, so there is no fsync; each record carries the
 boot id, and a record of another boot is history. A line that was cut short by a crash or a full disk is as good as not
-written. The *verdict* is the commit point: it is renamed into place only where none is (RENAME_NOREPLACE), so of any
-number of processes that decide at once the first wins, and all of them learn what was decided.
+written, and so is one in which a field is not what its name says (`_FORMS`). The *verdict* is the commit point: it is
+renamed into place only where none is (RENAME_NOREPLACE), so of any number of processes that decide at once the first
+wins, and all of them learn what was decided.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from .core.errors import JournalError, KernelError, Refused
+from .core.state import MAX_CARRIED
 from .kernel.syscalls import boot_id, rename_no_replace
 
 Side = Literal["origin", "destination"]
@@ -42,7 +44,8 @@ UNSETTLED = ("offered", "let go", "committed")
 
 _ID = re.compile(r"[0-9a-f]{16}")
 _LOG_LIMIT = 1 << 20
-_STATE_LIMIT = 1 << 31
+_STATE_LIMIT = MAX_CARRIED + (1 << 20)
+_VERDICT_LIMIT = 16
 
 
 def run_directory() -> Path:
@@ -57,9 +60,11 @@ def applications_directory() -> Path:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, *but: type[OSError]) -> Iterator[None]:
     try:
         yield
+    except but:
+        raise
     except OSError as error:
         raise JournalError(f"cannot {what}: {error.strerror or error}",
                            hint=f"{error.filename or run_directory()} must be writable by root and have space"
@@ -100,6 +105,49 @@ def new_id() -> str:
     return secrets.token_hex(8)
 
 
+class Record(dict[str, Any]):
+    """A record: its fields, each of which is what its name says. JournalError for one that is not there."""
+
+    def __missing__(self, name: str) -> Any:
+        raise JournalError(f"a journal is damaged: its record {self.get('record')!r} has no {name!r}",
+                           hint=f"the passes are in {run_directory() / 'passes'}")
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds
+
+
+def _are_numbers(value: Any) -> bool:
+    return type(value) is list and bool(value) and all(type(one) is int for one in value)
+
+
+def _is_identity(value: Any) -> bool:
+    return _are_numbers(value) and len(value) == 2
+
+
+#: What holds for the fields that others rely upon, whatever the record.
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("record", "boot", "host", "destination_boot", "into", "way", "origin_sees"), _is(str)),
+    **dict.fromkeys(("pid", "start_time", "cookie", "inode", "extracted_at_ms", "offered_at_ms", "sequence",
+                     "descriptor"), _is(int)),
+    **dict.fromkeys(("divert", "keeps_fence", "has_prologue", "fences", "injected"), _is(bool)),
+    **dict.fromkeys(("flow", "flow_json", "thrown", "plan", "target"), _is(dict)),
+    "descriptors": _are_numbers, "taker": _is_identity, "doubt_limit_s": _is(int, float),
+    "place": _is(str, dict, type(None))}
+
+
+def _records_of(log: bytes) -> list[Record]:
+    """The whole records in a log, oldest first."""
+    found = []
+    for line in log.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and {"record", "boot"} <= record.keys() \
+                    and all(_FORMS[name](value) for name, value in record.items() if name in _FORMS):
+                found.append(Record(record))
+    return found
+
+
 class Journal:
     """The records of one side of one pass."""
 
@@ -135,28 +183,26 @@ class Journal:
             finally:
                 os.close(descriptor)
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """The whole records, oldest first."""
-        try:
-            with _explained("read the journal"), open(self.directory / "log", "rb") as log:
-                text = log.read(_LOG_LIMIT)
-        except JournalError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return []
-            raise
-        found = []
-        for line in text.split(b"\n")[:-1]:
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("record"), str):
-                    found.append(record)
-        return found
+        return _records_of(self._read("log", _LOG_LIMIT) or b"")
+
+    def _read(self, name: str, limit: int) -> bytes | None:
+        """A file of the pass, no link; None where there is none. JournalError where it is over the limit."""
+        with contextlib.suppress(FileNotFoundError), _explained(f"read the {name} of a pass", FileNotFoundError):
+            descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                size = os.fstat(descriptor).st_size
+                if size > limit:
+                    raise JournalError(f"the {name} of pass {self.pass_id} has {size} bytes: it is none of ours")
+                return file.read(size)
+        return None
 
     def last(self) -> str:
         """The name of the last record that tells the pass's stage, or ''."""
         return next((one["record"] for one in reversed(self.records()) if one["record"] not in ("note", TOLD)), "")
 
-    def field(self, record: str) -> dict[str, Any] | None:
+    def field(self, record: str) -> Record | None:
         """The newest record of this name."""
         return next((one for one in reversed(self.records()) if one["record"] == record), None)
 
@@ -175,8 +221,10 @@ class Journal:
                 raise
 
     def load(self, name: str) -> bytes:
-        with _explained("read the state of a pass"), open(self.directory / name, "rb") as file:
-            return file.read(_STATE_LIMIT)
+        data = self._read(name, _STATE_LIMIT)
+        if data is None:
+            raise JournalError(f"the {name} of pass {self.pass_id} is gone")
+        return data
 
     def forget(self, name: str) -> None:
         """Delete payload; none there is as good."""
@@ -191,7 +239,8 @@ class Journal:
     def reserve(self, mark: str) -> None:
         """See that `set_mark` will need no space."""
         with _explained("write to the journal"):
-            os.close(os.open(self.directory / f".{mark}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            os.close(os.open(self.directory / f".{mark}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
+                             0o600))
 
     def set_mark(self, mark: str) -> None:
         """One rename. JournalError where it was not reserved; set already, it stays."""
@@ -242,18 +291,14 @@ class Journal:
         return standing
 
     def verdict(self) -> Verdict | None:
-        try:
-            with _explained("read the verdict"):
-                text = (self.directory / "verdict").read_text()
-        except JournalError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return None
-            raise
-        if text == "committed":
+        text = self._read("verdict", _VERDICT_LIMIT)
+        if text is None:
+            return None
+        if text == b"committed":
             return "committed"
-        if text == "aborted":
+        if text == b"aborted":
             return "aborted"
-        raise JournalError(f"the verdict of pass {self.pass_id} reads {text[:20]!r}")
+        raise JournalError(f"the verdict of pass {self.pass_id} reads {text.decode(errors='replace')!r}")
 
     # -- one worker at a time -----------------------------------------------------------------------------------------
 

@@ -226,7 +226,8 @@ def _settled(message: messages.Settled, wire: Wire, images: Images | None, door:
     if door is not None:
         door.check_own(journal)
     if journal.exists() and images is None:
-        journal.write("settled")
+        if journal.field("settled") is None:  # however often it is said
+            journal.write("settled")
         journal.forget(PROLOGUE_FILE)
     elif journal.exists():
         journal.remove()

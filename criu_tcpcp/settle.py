@@ -70,7 +70,7 @@ def passes() -> list[KnownPass]:
 
 
 def _known(journal: Journal) -> KnownPass:
-    first = journal.field("intent") or journal.field("staged") or journal.field("images") or {}
+    first: dict[str, Any] = journal.field("intent") or journal.field("staged") or journal.field("images") or {}
     flow = Flow.from_json(first["flow"]) if "flow" in first else None
     with journal.locked(wait=False) as mine:
         working = not mine

@@ -19,7 +19,7 @@ import socket
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..core.errors import KernelError, Refused
+from ..core.errors import JournalError, KernelError, Refused
 from ..kernel import injection, process
 from ..kernel.syscalls import failing
 from ..kernel.tracee import Tracee
@@ -43,8 +43,12 @@ class Place:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Place:
-        watches = tuple((epoll, events, data) for epoll, events, data in fields["watches"])
-        return cls(fields["descriptor"], fields["link"], fields["flags"], watches)
+        """Raises JournalError for what `to_json` did not write."""
+        try:
+            watches = tuple((int(epoll), int(events), int(data)) for epoll, events, data in fields["watches"])
+            return cls(int(fields["descriptor"]), str(fields["link"]), int(fields["flags"]), watches)
+        except (KeyError, TypeError, ValueError) as error:
+            raise JournalError(f"the journal does not say what a descriptor was: {error}") from None
 
 
 def place_of(pid: int, descriptor: int) -> Place:

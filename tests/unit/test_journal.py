@@ -165,6 +165,47 @@ def test_payload_is_kept_once_and_forgotten(made: Journal) -> None:
         made.load("state")
 
 
+def test_a_link_is_not_read_either(made: Journal, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("committed")
+    (tmp_path / "log").write_text('\n{"record":"offered","boot":"x"}\n')
+    for name, target in (("verdict", "victim"), ("log", "log"), ("state", "victim")):
+        (made.directory / name).symlink_to(tmp_path / target)
+    for read in (made.verdict, made.records, lambda: made.load("state")):
+        with pytest.raises(JournalError):
+            read()
+
+
+@pytest.mark.parametrize("name", ["verdict", "log", "state"])
+def test_a_file_that_is_too_large_is_not_read(made: Journal, name: str) -> None:
+    """It is sparse: that it is refused takes no time and no memory."""
+    with open(made.directory / name, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(JournalError, match="none of ours"):
+        {"verdict": made.verdict, "log": made.records, "state": lambda: made.load("state")}[name]()
+
+
+@pytest.mark.parametrize("line", [
+    b"null", b"[]", b"1", b'"intent"', b"{}", b'{"record":"intent"}', b'{"record":1,"boot":"x"}',
+    b'{"record":"intent","boot":1}', b'{"record":"intent","boot":"x","pid":"42"}', b"[" * 100000, b"9" * 10000, b"\xff",
+    b'{"record":"staged","boot":"x","taker":[1]}', b'{"record":"staged","boot":"x","taker":[1,"2"]}',
+    b'{"record":"intent","boot":"x","descriptors":[]}', b'{"record":"intent","boot":"x","flow":[]}'],
+    ids=lambda line: repr(line[:40]))
+def test_a_line_that_is_no_record_of_ours_does_not_count(made: Journal, line: bytes) -> None:
+    made.write("intent", pid=42)
+    with open(made.directory / "log", "ab") as log:
+        log.write(b"\n" + line + b"\n")
+    made.write("offered")
+    assert [one["record"] for one in made.records()] == ["intent", "offered"]
+
+
+def test_what_a_record_does_not_say_is_a_damaged_journal(made: Journal) -> None:
+    made.write("intent", pid=42)
+    intent = made.field("intent")
+    assert intent is not None
+    with pytest.raises(JournalError, match="'intent' has no 'flow'"):
+        intent["flow"]
+
+
 def test_a_planted_verdict_does_not_lead_elsewhere(made: Journal, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
