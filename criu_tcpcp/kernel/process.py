@@ -1,13 +1,22 @@
-"""What /proc tells of processes and their descriptors (proc(5)). All of it is input: a process can lie."""
+"""What /proc tells of processes and their descriptors (proc(5)). All of it is input: a process can lie.
+
+Names of processes and of files stand in the midst of it, and a name may hold anything but a zero byte. The kernel
+escapes the line feed in them, where it does, and nothing else that Python takes for the end of a line: so lines are
+split here at that byte alone.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..core.errors import Refused
-from .syscalls import failing
+from ..core.errors import KernelError, Refused
+from .syscalls import borrow_socket, failing, pidfd_open
+
+_SO_ACCEPTCONN = 30
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,14 @@ def waits(pid: int) -> bool:
 
 def status_lines(tid: int) -> list[str]:
     """/proc/TID/status of a process or of one of its threads; nothing of what has gone."""
+    return _lines(f"/proc/{tid}/status")
+
+
+def _lines(path: str) -> list[str]:
+    """None where it cannot be read."""
     try:
-        with open(f"/proc/{tid}/status", errors="replace") as status:
-            return status.read().splitlines()
+        with open(path, "rb") as file:
+            return file.read().decode(errors="replace").removesuffix("\n").split("\n")
     except OSError:
         return []
 
@@ -91,20 +105,16 @@ def executable(pid: int) -> str:
 
 def descriptor_lines(pid: int, descriptor: int) -> list[str]:
     """/proc/PID/fdinfo/DESCRIPTOR; nothing of one that is closed."""
-    try:
-        with open(f"/proc/{pid}/fdinfo/{descriptor}", errors="replace") as info:
-            return info.read().splitlines()
-    except OSError:
-        return []
+    return _lines(f"/proc/{pid}/fdinfo/{descriptor}")
 
 
 def mapping(pid: int, name: str) -> tuple[int, int]:
     """Begin and end of the first mapping of this name in the process's memory; (0, 0) where it has none."""
-    with failing(f"read /proc/{pid}/maps"), open(f"/proc/{pid}/maps", errors="replace") as maps:
+    with failing(f"read /proc/{pid}/maps"), open(f"/proc/{pid}/maps", "rb") as maps:
         for line in maps:
-            words = line.split(maxsplit=5)
-            if words[-1].strip() == name and len(words) == 6:
-                begin, _, end = words[0].partition("-")
+            words = line.rstrip(b"\n").split(maxsplit=5)
+            if len(words) == 6 and words[5] == name.encode():
+                begin, _, end = words[0].partition(b"-")
                 return int(begin, 16), int(end, 16)
     return 0, 0
 
@@ -126,14 +136,18 @@ def accepts_by_io_uring(pid: int) -> bool:
 
 
 def listens_on_unix(pid: int) -> bool:
-    """The process accepts from a unix socket (proc(5), /proc/net/unix: flag __SO_ACCEPTCON)."""
-    inodes = {socket_inode(link) for link in descriptors(pid).values()}
+    """The process accepts from a unix socket. The sockets themselves are asked: in /proc/net/unix stand names that any
+    user may choose, line feeds and all."""
+    pidfd = pidfd_open(pid)
     try:
-        with open(f"/proc/{pid}/net/unix", errors="replace") as listed:
-            rows = [line.split() for line in listed][1:]
-    except OSError:
-        return False
-    return any(len(row) > 6 and int(row[3], 16) & 0x10000 and int(row[6]) in inodes for row in rows)
+        for number, link in descriptors(pid).items():
+            if socket_inode(link) is not None:
+                with contextlib.suppress(KernelError), borrow_socket(pidfd, number) as sock:
+                    if sock.family == socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
+                        return True
+    finally:
+        os.close(pidfd)
+    return False
 
 
 def has_ended(pid: int, tid: int) -> bool:
@@ -199,7 +213,7 @@ def descriptors(pid: int) -> dict[int, str]:
 
 def socket_inode(link: str) -> int | None:
     """The inode in a descriptor's link, if it is a socket."""
-    if link.startswith("socket:[") and link.endswith("]"):
+    if link.startswith("socket:[") and link.endswith("]") and link[8:-1].isdigit():
         return int(link[8:-1])
     return None
 
