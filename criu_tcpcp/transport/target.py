@@ -14,7 +14,7 @@ import dataclasses
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,6 +168,28 @@ def _fields(cls: type[Target] | type[LocalTarget], kind: str, data: Mapping[str,
         raise UsageError(f"not a target of kind {kind}: {data!r}")
     known = {entry.name for entry in dataclasses.fields(cls)}
     required = {"host"} if kind == "ssh" else {"argv"}
-    if fields.keys() - known or required - fields.keys():
+    if fields.keys() - known or required - fields.keys() \
+            or not all(_FORMS[name](value) for name, value in fields.items()):
         raise UsageError(f"not a target of kind {kind}: {data!r}")
     return fields
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or _is_text(value)
+
+
+#: What `to_json` writes: what holds for each field of a target.
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("host", "remote_command"), _is_text),
+    **dict.fromkeys(("user", "ssh_config", "known_hosts", "netns"), _is_text_or_none),
+    **dict.fromkeys(("identity_files", "argv"), _are_texts),
+    "port": lambda value: value is None or type(value) is int, "timeout_s": lambda value: type(value) in (int, float),
+    "environment": lambda value: isinstance(value, dict) and all(map(_is_text, (*value, *value.values())))}

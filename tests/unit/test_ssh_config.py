@@ -6,6 +6,7 @@ import base64
 import hmac
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,8 +58,15 @@ def test_target_survives_the_journal() -> None:
         assert target_from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
-@pytest.mark.parametrize("data", [{}, {"kind": "ssh"}, {"kind": "local"}, {"kind": "ssh", "host": "h", "key": "x"}])
-def test_other_json_is_refused(data: dict[str, str]) -> None:
+@pytest.mark.parametrize("data", [
+    {}, {"kind": "ssh"}, {"kind": "local"}, {"kind": "ssh", "host": "h", "key": "x"}, {"kind": "ssh", "host": 1},
+    {"kind": "ssh", "host": "h", "port": "22"}, {"kind": "ssh", "host": "h", "port": True},
+    {"kind": "ssh", "host": "h", "identity_files": "key"}, {"kind": "ssh", "host": "h", "identity_files": [1]},
+    {"kind": "ssh", "host": "h", "ssh_config": 1}, {"kind": "ssh", "host": "h", "ssh_config": "a\0b"},
+    {"kind": "ssh", "host": "h", "timeout_s": "1"}, {"kind": "ssh", "host": "h", "timeout_s": None},
+    {"kind": "ssh", "host": "h", "remote_command": None}, {"kind": "local", "argv": "serve"},
+    {"kind": "local", "argv": [None]}, {"kind": "local", "argv": ["x"], "environment": {"a": 1}}], ids=str)
+def test_other_json_is_refused(data: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         target_from_json(data)
 
