@@ -22,8 +22,9 @@ from pathlib import Path
 from .core import imageset
 from .core.errors import Refused
 from .core.image import Image
+from .core.state import MAX_CARRIED
 
-_FILE_LIMIT = 1 << 31
+_SIZE_LIMIT = 2 * MAX_CARRIED  # bytes of all files that are read
 _FILES_LIMIT = 100_000
 
 
@@ -118,8 +119,9 @@ def discard(directory: Path, dump_id: str) -> None:
 
 def read(directory: str | Path) -> dict[str, bytes]:
     """The files of a directory that tell of connections: name -> contents. Refused where it cannot be read. Pipes,
-    devices and links are not opened."""
+    devices and links are not opened, and nothing is read of what is too large."""
     found: dict[str, bytes] = {}
+    left = _SIZE_LIMIT
     with _explained_reading(directory):
         place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -131,7 +133,11 @@ def read(directory: str | Path) -> dict[str, bytes]:
                     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
                                          dir_fd=place)
                     with open(descriptor, "rb") as file:
-                        found[name] = file.read(_FILE_LIMIT)
+                        size = os.fstat(descriptor).st_size
+                        if size > left:
+                            raise Refused(f"the images in {directory} are over {_SIZE_LIMIT >> 20} MiB")
+                        found[name] = file.read(size)
+                        left -= size
         finally:
             os.close(place)
     return found

@@ -45,6 +45,7 @@ _IPPROTO_TCP = 6
 _HEAD = struct.Struct("=II")
 _SIZE = struct.Struct("=I")
 _FDINFO = 1
+_OURS_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,17 @@ def read(files: Mapping[str, bytes]) -> list[Imaged]:
     """The connections in these files, by id. ProtocolError where they are not those of an image directory."""
     ours = _read_ours(files)
     kept = {one["inode"]: one for one in ours.get("connections", [])}
-    found = []
+    owners_of = _owners(files)
+    found: dict[int, Imaged] = {}
     for number, entry in _sockets(files):
         if entry.proto == _IPPROTO_TCP and entry.state not in (TcpState.LISTEN, TcpState.CLOSE):
             beside = kept.get(entry.ino)
-            owners = _owners(files, number) if beside is None else (
+            owners = owners_of.get(number, ()) if beside is None else (
                 Owner(beside["pid"], beside["process"], tuple(beside["descriptors"])),)
-            found.append(_imaged(files, entry, owners, beside))
-    return found
+            if entry.ino in found:  # each would have a copy of the queues
+                raise ProtocolError(f"there are two sockets with the inode {entry.ino}")
+            found[entry.ino] = _imaged(files, entry, owners, beside)
+    return list(found.values())
 
 
 def about(files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -166,25 +170,25 @@ def _sockets(files: Mapping[str, bytes]) -> Iterator[tuple[int, Any]]:
         raise ProtocolError("no files.img is in it: not a directory of CRIU images")
 
 
-def _owners(files: Mapping[str, bytes], number: int) -> tuple[Owner, ...]:
-    """In a dump by CRIU: the processes whose descriptor table has the file. That they cannot be told is no reason to
-    hide the connection."""
-    tables: dict[int, tuple[int, ...]] = {}
+def _owners(files: Mapping[str, bytes]) -> dict[int, tuple[Owner, ...]]:
+    """In a dump by CRIU: id of a socket -> the processes whose descriptor table has it. That they cannot be told is no
+    reason to hide the connections."""
+    tables: dict[int, dict[int, list[int]]] = {}  # table -> id -> descriptors
+    found: dict[int, list[Owner]] = {}
     with contextlib.suppress(ProtocolError):
         for name in sorted(files):
             if name.startswith("fdinfo-"):
-                numbers = tuple(one.fd for one in _entries(files, name, "FDINFO", messages().fdinfo)
-                                if one.type == _INETSK and one.id == number)
-                if numbers:
-                    tables[int(name[len("fdinfo-"):-len(".img")])] = numbers
-        found = []
+                table = tables.setdefault(int(name[len("fdinfo-"):-len(".img")]), {})
+                for one in _entries(files, name, "FDINFO", messages().fdinfo):
+                    if one.type == _INETSK:
+                        table.setdefault(one.id, []).append(one.fd)
         for name in sorted(files):
             if name.startswith("ids-"):
-                for ids in _entries(files, name, "IDS", directory_messages().ids):
-                    if ids.files_id in tables:
-                        found.append(Owner(int(name[len("ids-"):-len(".img")]), "", tables[ids.files_id]))
-        return tuple(found)
-    return ()
+                pid = int(name[len("ids-"):-len(".img")])
+                for files_id in {ids.files_id for ids in _entries(files, name, "IDS", directory_messages().ids)}:
+                    for number, descriptors in tables.get(files_id, {}).items():
+                        found.setdefault(number, []).append(Owner(pid, "", tuple(descriptors)))
+    return {number: tuple(owners) for number, owners in found.items()}
 
 
 def _entries(files: Mapping[str, bytes], name: str, kind: str, message: Any) -> Iterator[Any]:
@@ -213,6 +217,8 @@ def _read_ours(files: Mapping[str, bytes]) -> dict[str, Any]:
     if OURS not in files:
         return {}
     try:
+        if len(files[OURS]) > _OURS_LIMIT:
+            raise ProtocolError(f"{OURS} has {len(files[OURS])} bytes")
         ours = json.loads(files[OURS])
         if ours["version"] != VERSION:
             raise ProtocolError(f"{OURS} has version {ours['version']!r}, this program reads {VERSION}")

@@ -127,6 +127,25 @@ def test_a_directory_of_a_criu_before_files_img() -> None:
     assert (one.received, one.owners[0].pid) == (b"abc", 77)
 
 
+def test_many_connections_of_one_process() -> None:
+    """Each descriptor is looked at once, and not once a connection."""
+    count = 3000
+    fds = [{"id": number, "flags": 0, "type": "INETSK", "fd": 10 + number} for number in range(1, count)]
+    files = {"files.img": by_criu("FILES", [{"type": "INETSK", "id": number, "isk": socket_of(number)}
+                                            for number in range(1, count)]),
+             "fdinfo-2.img": by_criu("FDINFO", fds), "ids-77.img": plain_directory()["ids-77.img"]}
+    assert [one.owners for one in imageset.read(files)] == [(Owner(77, "", (10 + number,)),)
+                                                            for number in range(1, count)]
+
+
+def test_two_sockets_that_claim_one_stream_are_refused() -> None:
+    """Each would have a copy of it."""
+    sockets = [socket_of(1), socket_of(2, ino=socket_of(1)["ino"])]
+    with pytest.raises(ProtocolError, match="two sockets"):
+        imageset.read({"files.img": by_criu("FILES", [{"type": "INETSK", "id": one["id"], "isk": one}
+                                                      for one in sockets])})
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"files.img": None}, "no files.img"), ({"files.img": b""}, "wrong magic"), ({"files.img": b"\0" * 100}, "magic"),
     ({"files.img": GOOD["files.img"][:-1]}, "cut short"), ({"files.img": GOOD["files.img"][:10]}, "cut short"),
