@@ -212,7 +212,11 @@ class _ReceiverListener(_Listener):
             case "ping":
                 conversation.send({"op": "pong"})
             case "offer" if len(descriptors) == 2:
-                sock = socket.socket(fileno=descriptors[0])
+                try:
+                    sock = apps.tcp_socket(descriptors[0])
+                except apps.Gone:
+                    os.close(descriptors[1])
+                    raise
                 try:
                     state = apps.unwrap_state(descriptors[1])
                     flow = Flow.from_json(packet.get("flow"))

@@ -26,6 +26,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from .journal import applications_directory
 
 _PACKET_LIMIT = 1 << 16
 _STATE_LIMIT = 1 << 28
-_F_ADD_SEALS, _F_SEAL_ALL = 1033, 0xF  # linux/fcntl.h
+_F_ADD_SEALS, _F_GET_SEALS, _F_SEAL_ALL = 1033, 1034, 0xF  # linux/fcntl.h
 
 Packet = dict[str, Any]
 
@@ -112,8 +113,11 @@ def wrap_state(state: bytes) -> int:
 
 
 def unwrap_state(descriptor: int) -> bytes:
-    """The bytes of a memfd, which is closed. Raises Gone where they are more than an application may hand over."""
+    """The bytes of a sealed memfd, which is closed. Raises Gone where they are more than an application may hand over,
+    and for any other file: one of a FUSE, say, could let its reader wait for ever."""
     try:
+        if fcntl.fcntl(descriptor, _F_GET_SEALS) & _F_SEAL_ALL != _F_SEAL_ALL:  # EINVAL of what is no memfd
+            raise Gone("the application's state can still be changed")
         size = os.fstat(descriptor).st_size
         if size > _STATE_LIMIT:
             raise Gone("the application's state is over 256 MiB")
@@ -124,13 +128,33 @@ def unwrap_state(descriptor: int) -> bytes:
         os.close(descriptor)
 
 
+def tcp_socket(descriptor: int) -> socket.socket:
+    """What came as a descriptor, if it is a TCP socket; Gone for anything else, which is closed."""
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise Gone("not a socket") from None
+    if (sock.type, sock.proto) != (socket.SOCK_STREAM, socket.IPPROTO_TCP):
+        sock.close()
+        raise Gone("not a TCP socket")
+    return sock
+
+
 def connect(path: Path, timeout_s: float) -> Conversation:
-    """Raises Gone where nobody listens there."""
+    """Raises Gone where nobody listens there. A link is not followed: in a directory where any user may make files it
+    could lead to another application, which would be taken for the one that the name says."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         sock.settimeout(timeout_s)
-        sock.connect(str(path))
-    except OSError as error:
+        file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISSOCK(os.fstat(file).st_mode):
+                raise Gone("not a socket")
+            sock.connect(f"/proc/self/fd/{file}")
+        finally:
+            os.close(file)
+    except (OSError, Gone) as error:
         sock.close()
         raise Gone(str(error)) from error
     return Conversation(sock, timeout_s)
@@ -140,7 +164,7 @@ def listen(path: Path) -> socket.socket:
     """A listening socket with this file, readable by its owner and root. Refused says what is in the way."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
-        if path.is_socket() and not _someone_listens(path):
+        if path.is_socket() and not path.is_symlink() and not _someone_listens(path):
             path.unlink()  # its process was killed
         old = os.umask(0o077)
         try:

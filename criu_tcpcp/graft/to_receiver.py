@@ -113,7 +113,10 @@ class ToReceiver:
             for descriptor in descriptors:
                 os.close(descriptor)
             return Reclaimed(delivered=answer.get("op") == "delivered")
-        return Reclaimed(socket.socket(fileno=descriptors[0]))
+        try:
+            return Reclaimed(apps.tcp_socket(descriptors[0]))
+        except apps.Gone as error:
+            raise Refused(f"{self.description} does not give the connection back: {error}") from None
 
     def close(self) -> None:
         self._conversation.close()

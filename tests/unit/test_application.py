@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import socket
@@ -234,6 +235,64 @@ def test_an_offer_whose_state_is_no_memory_is_turned_down(pair: Pair) -> None:
             settled(another)
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a file", "a unix socket", "a UDP socket"])
+def test_an_offer_of_something_else_is_turned_down_and_closed(what: str, tmp_path: Path, pair: Pair) -> None:
+    """When the conversation ends, the receiver asks each dormant connection how it is: none may be anything else."""
+    ours, _peer = pair
+    with contextlib.ExitStack() as stack:
+        reader, writer = os.pipe()
+        stack.callback(os.close, reader)
+        stack.callback(os.close, writer)
+        file = stack.enter_context(open(tmp_path / "file", "wb"))
+        unix, udp = (stack.enter_context(socket.socket(*kind)) for kind in (
+            (socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM)))
+        thing = {"a pipe": reader, "a file": file.fileno(), "a unix socket": unix.fileno(),
+                 "a UDP socket": udp.fileno()}[what]
+        with Receiver(port=9000) as receiver:
+            with tool(receiver.path) as first:
+                settled(first)
+                before = len(os.listdir("/proc/self/fd"))
+            with tool(receiver.path) as serve:
+                state = apps.wrap_state(b"")
+                serve.send({"op": "offer", "id": "a" * 16, "flow": Flow.of_socket(ours).to_json()}, [thing, state])
+                os.close(state)
+                with pytest.raises(Gone):
+                    serve.receive()
+            with tool(receiver.path) as another:
+                settled(another)
+                assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("seals", [None, 0, 0x7])
+def test_a_state_that_can_still_be_changed_is_not_read(seals: int | None, tmp_path: Path) -> None:
+    """Nor any other file: of one in a FUSE its reader could wait for ever."""
+    if seals is None:
+        descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    else:
+        descriptor = os.memfd_create("state", os.MFD_ALLOW_SEALING)
+    os.write(descriptor, b"state")
+    if seals is not None:
+        fcntl.fcntl(descriptor, 1033, seals)  # F_ADD_SEALS
+    with pytest.raises(Gone):
+        apps.unwrap_state(descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    assert apps.unwrap_state(apps.wrap_state(b"state")) == b"state"
+
+
+def test_a_link_does_not_lead_to_another_application(run_dir: Path) -> None:
+    """Any user may make files beside the sockets."""
+    with Receiver(port=443) as receiver:
+        planted = run_dir / "apps" / "port-9000.1.sock"
+        planted.symlink_to(receiver.path)
+        assert list(apps.receivers(9000)) == []
+        assert list(apps.receivers(443)) == [receiver.path]
+        planted.unlink(missing_ok=True)
+        planted.symlink_to(receiver.path)
+        with pytest.raises(Gone):
+            apps.connect(planted, 5)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, 40 << 20])
