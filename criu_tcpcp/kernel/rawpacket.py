@@ -69,15 +69,19 @@ class Segment:
 
 
 def headers(packet: bytes, ip_version: int) -> Segment | None:
-    """None for what is no whole header (RFC 791 3.1, RFC 8200 3, RFC 9293 3.1). `packet` may end behind the headers."""
+    """None for what is no whole header (RFC 791 3.1, RFC 8200 3, RFC 9293 3.1), or whose lengths contradict each other.
+    `packet` may end behind the headers."""
+    if len(packet) < (20 if ip_version == 4 else 40):
+        return None
     if ip_version == 4:
         begin, end = (packet[0] & 15) * 4, int.from_bytes(packet[2:4], "big")
     else:
         begin, end = 40, 40 + int.from_bytes(packet[4:6], "big")
-    if len(packet) < begin + 20 or packet[9 if ip_version == 4 else 6] != socket.IPPROTO_TCP:
+    if begin < 20 or len(packet) < begin + 20 or packet[9 if ip_version == 4 else 6] != socket.IPPROTO_TCP:
         return None
     sequence, acknowledgement, offset, flags, window = struct.unpack_from(">IIBBH", packet, begin + 4)
-    return Segment(sequence, acknowledgement, flags, window, end - begin - (offset >> 4) * 4)
+    length = end - begin - (offset >> 4) * 4
+    return Segment(sequence, acknowledgement, flags, window, length) if offset >> 4 >= 5 and length >= 0 else None
 
 
 def extent(packet: bytes, ip_version: int) -> tuple[int, int]:
@@ -187,9 +191,9 @@ class Sniffer:
 
 def _timestamps(packet: bytes, version: int) -> tuple[int, int] | None:
     """(TSval, TSecr) of a packet that the filter let by."""
-    start = (packet[0] & 15) * 4 if version == 4 else 40
-    if len(packet) < start + 20:
+    if headers(packet, version) is None:
         return None
+    start = (packet[0] & 15) * 4 if version == 4 else 40
     options = packet[start + 20:start + (packet[start + 12] >> 4) * 4]
     while options and options[0] != 0:
         if options[0] == 1:
