@@ -81,6 +81,25 @@ def prepare_run_directory() -> None:
         if not applications_directory().exists():
             applications_directory().mkdir(mode=0o1777)
             applications_directory().chmod(0o1777)  # whatever the umask
+    refuse_unsafe_run_directory()
+
+
+def refuse_unsafe_run_directory() -> None:
+    """JournalError where another user could have made what is in it, or can change it. Nothing there is as good."""
+    for path, forbidden in ((run_directory(), 0o022), (run_directory() / "passes", 0o077),
+                            (applications_directory(), 0)):
+        with contextlib.suppress(FileNotFoundError), _explained("look at the run directory", FileNotFoundError):
+            found = os.lstat(path)
+            if not stat.S_ISDIR(found.st_mode):
+                raise JournalError(f"{path} is not a directory (a link is not followed)")
+            if found.st_uid not in (0, os.geteuid()):
+                raise JournalError(f"{path} belongs to another user (number {found.st_uid})",
+                                   hint="it must be root's")
+            if found.st_mode & forbidden:
+                raise JournalError(f"{path} is open to others (mode {stat.S_IMODE(found.st_mode):o})",
+                                   hint=f"chmod {0o777 & ~forbidden:o} {path}, if nobody has been at it")
+            if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+                raise JournalError(f"in {path} others may remove what is not theirs", hint=f"chmod +t {path}")
 
 
 @contextlib.contextmanager
@@ -370,6 +389,7 @@ def working_on(flow: dict[str, Any], but: Journal | None = None) -> Journal | No
 
 def all_journals() -> list[Journal]:
     """Every side of every pass that this host knows, by id. JournalError where that cannot be told."""
+    refuse_unsafe_run_directory()
     try:
         with _explained("read the run directory"):
             names = sorted(os.listdir(run_directory() / "passes"))

@@ -184,6 +184,39 @@ def test_a_file_that_is_too_large_is_not_read(made: Journal, name: str) -> None:
         {"verdict": made.verdict, "log": made.records, "state": lambda: made.load("state")}[name]()
 
 
+@pytest.mark.parametrize(("part", "mode"), [("", 0o777), ("", 0o775), ("", 0o1777), ("passes", 0o755),
+                                            ("passes", 0o701), ("apps", 0o777), ("apps", 0o775)])
+def test_a_run_directory_that_others_can_change_is_refused(made: Journal, run_dir: Path, part: str, mode: int) -> None:
+    assert all_journals()[0].pass_id == ID
+    (run_dir / part).chmod(mode)
+    for use in (all_journals, journal.prepare_run_directory, Journal(new_id(), ORIGIN).create):
+        with pytest.raises(JournalError, match="chmod"):
+            use()
+
+
+@pytest.mark.parametrize("part", ["", "passes", "apps"])
+def test_a_link_in_the_place_of_the_run_directory_is_not_followed(made: Journal, run_dir: Path, tmp_path: Path,
+                                                                 part: str) -> None:
+    (run_dir / part).rename(tmp_path / "elsewhere")
+    (run_dir / part).symlink_to(tmp_path / "elsewhere")
+    for use in (all_journals, journal.prepare_run_directory, Journal(new_id(), ORIGIN).create):
+        with pytest.raises(JournalError, match="not a directory"):
+            use()
+    (run_dir / part).unlink()
+    (run_dir / part).write_text("")
+    with pytest.raises(JournalError, match=r"not a directory|cannot make"):
+        journal.prepare_run_directory()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("part", ["", "passes", "apps"])
+def test_a_run_directory_of_another_user_is_refused(made: Journal, run_dir: Path, part: str) -> None:
+    os.chown(run_dir / part, 65534, 65534)
+    for use in (all_journals, journal.prepare_run_directory):
+        with pytest.raises(JournalError, match="another user"):
+            use()
+
+
 @pytest.mark.parametrize("line", [
     b"null", b"[]", b"1", b'"intent"', b"{}", b'{"record":"intent"}', b'{"record":1,"boot":"x"}',
     b'{"record":"intent","boot":1}', b'{"record":"intent","boot":"x","pid":"42"}', b"[" * 100000, b"9" * 10000, b"\xff",
@@ -396,5 +429,5 @@ def test_an_unreadable_run_directory_is_not_an_empty_one(tmp_path: Path, monkeyp
     assert all_journals() == []
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("CRIU_TCPCP_RUN_DIR", str(tmp_path / "file"))
-    with pytest.raises(JournalError, match="Not a directory"):
+    with pytest.raises(JournalError, match="not a directory"):
         all_journals()
