@@ -151,10 +151,13 @@ def flow_of_entry(entry: Any, scope_id: int) -> Flow:
 
 
 def parse_entry(kind: Any, data: bytes) -> Any:
-    """A message of this class. protobuf's Python implementation does not miss required fields by itself."""
+    """A message of this class. protobuf's Python implementation does not miss required fields by itself, and it takes
+    what ends before its bytes do (at the end of a group that never began)."""
     entry = kind.FromString(data)
     if not entry.IsInitialized():
         raise ProtocolError(f"a {kind.DESCRIPTOR.name} lacks required fields")
+    if entry.ByteSize() != len(data):
+        raise ProtocolError(f"a {kind.DESCRIPTOR.name} says something twice, or something follows it")
     return entry
 
 

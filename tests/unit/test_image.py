@@ -201,6 +201,17 @@ def test_a_socket_that_is_no_connection_is_refused(changes: dict[str, Any]) -> N
 CONGESTION = {"snd_cwnd": 10, "snd_ssthresh": 1, "rtt_us": 1, "rttvar_us": 1, "rto_us": 1}
 
 
+@pytest.mark.filterwarnings("ignore:Unexpected end-group tag")
+@pytest.mark.parametrize("more", [b"\x04", b"\x0c", b"\x7c" + b"x" * 50, b"\x28\x01"], ids=repr)
+def test_an_entry_that_ends_before_its_bytes_do_is_refused(more: bytes) -> None:
+    """The end of a group, which protobuf takes for the end of all; and a field again."""
+    good = encode(CASES["v4"]).tcp_stream
+    length = struct.unpack_from("=I", good, 8)[0]
+    refuses(tcp_stream=good[:8] + struct.pack("=I", length + len(more)) + good[12:12 + length] + more
+            + good[12 + length:])
+    refuses(inet_sk=sk_with() + more)
+
+
 @pytest.mark.parametrize("changes", [
     {"version": 2}, {"version": None}, {"version": "1"}, {"more": 1},
     {"ts_recent": None}, {"ts_recent": True}, {"ts_recent": "1"}, {"ts_recent": -1}, {"ts_recent": 1 << 32},
