@@ -208,10 +208,14 @@ class _ReceiverListener(_Listener):
 
     def handle(self, conversation: apps.Conversation, packet: apps.Packet, descriptors: list[int]) -> None:
         pass_id = str(packet.get("id", ""))
+        offered = packet.get("op") == "offer" and len(descriptors) == 2
+        if not offered:
+            for descriptor in descriptors:
+                os.close(descriptor)
         match packet.get("op"):
             case "ping":
                 conversation.send({"op": "pong"})
-            case "offer" if len(descriptors) == 2:
+            case "offer" if offered:
                 try:
                     sock = apps.tcp_socket(descriptors[0])
                 except apps.Gone:
@@ -239,9 +243,6 @@ class _ReceiverListener(_Listener):
                 else:
                     held.conversation = conversation
                     conversation.send({"op": "held"}, [held.sock.fileno()])
-            case _:
-                for descriptor in descriptors:
-                    os.close(descriptor)
 
     def ended(self, conversation: apps.Conversation) -> None:
         for pass_id, dormant in list(self._dormant.items()):

@@ -218,7 +218,10 @@ def test_descriptors_that_came_with_nonsense_are_closed(pair: Pair) -> None:
         settled(serve)
         before = len(os.listdir("/proc/self/fd"))
         for count in (1, 2, 3, 4):
-            serve.send({"op": "dance"}, [ours.fileno()] * count)
+            for word in ("dance", "ping", "active", "abort", "claim"):
+                serve.send({"op": word, "id": "a" * 16}, [ours.fileno()] * count)
+                if word in ("ping", "claim"):
+                    serve.receive()
             serve.send({"op": "offer", "id": "a" * 16}, [ours.fileno()] * (1 if count == 2 else count))
             settled(serve)
         assert len(os.listdir("/proc/self/fd")) == before
