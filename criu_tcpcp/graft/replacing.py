@@ -47,7 +47,7 @@ class Place:
         try:
             watches = tuple((int(epoll), int(events), int(data)) for epoll, events, data in fields["watches"])
             return cls(int(fields["descriptor"]), str(fields["link"]), int(fields["flags"]), watches)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise JournalError(f"the journal does not say what a descriptor was: {error}") from None
 
 

@@ -36,7 +36,7 @@ class Plan:
         try:
             nexthop = ipaddress.ip_address(value["nexthop"]) if value["nexthop"] else None
             return cls(str(value["strategy"]), str(value["reason"]), nexthop, int(value["interface"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a redirect plan: {error}") from None
 
 
