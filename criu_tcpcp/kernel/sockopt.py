@@ -44,14 +44,17 @@ def write(sock: socket.socket, name: str, value: OptionValue) -> None:
     option = BY_NAME[name]
     if read(sock, option) == value:
         return
-    number = option.write_number or option.number
     with failing(f"setsockopt({name})"):
-        if isinstance(value, str):
-            sock.setsockopt(option.level, number, value.encode())
-        elif isinstance(value, tuple):
-            sock.setsockopt(option.level, number, struct.pack(_FORMATS[option.form], *value))
-        else:
-            sock.setsockopt(option.level, number, value // 2 if option.write_halved else value)
+        sock.setsockopt(option.level, option.write_number or option.number, packed(option, value))
+
+
+def packed(option: Option, value: OptionValue) -> bytes:
+    """The value as the kernel takes it."""
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, tuple):
+        return struct.pack(_FORMATS[option.form], *value)
+    return struct.pack("=i", value // 2 if option.write_halved else value)
 
 
 def write_or_report(sock: socket.socket, name: str, value: OptionValue) -> str | None:
