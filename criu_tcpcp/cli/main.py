@@ -124,8 +124,10 @@ def _refuse_in_json(problem: TcpcpError, *, about_connection: bool) -> None:
 
 
 def entry() -> NoReturn:
-    """The console script."""
+    """The console script. Whatever the command, there may be payload in its memory."""
+    from ..kernel.syscalls import forbid_core_dumps
     _have_stdio()
+    forbid_core_dumps()
     sys.exit(main())
 
 
