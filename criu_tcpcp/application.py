@@ -227,6 +227,8 @@ class _ReceiverListener(_Listener):
                 except (ProtocolError, apps.Gone) as error:
                     sock.close()
                     raise apps.Gone(str(error)) from error
+                if pass_id in self._dormant:
+                    self._dormant[pass_id].sock.close()
                 self._dormant[pass_id] = _Dormant(sock, state, flow, conversation)
             case "active" if pass_id in self._dormant:
                 dormant = self._dormant.pop(pass_id)
