@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -128,6 +129,8 @@ def entry() -> NoReturn:
     from ..kernel.syscalls import forbid_core_dumps
     _have_stdio()
     forbid_core_dumps()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # a library's words to its developers, of input that is refused
     sys.exit(main())
 
 
