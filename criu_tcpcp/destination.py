@@ -9,17 +9,19 @@ the connection or hearing it, whatever a restored socket might want to say.
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from typing import ClassVar
 
 from . import graft
 from .core import messages
-from .core.endpoint import Flow
+from .core.endpoint import Endpoint, Flow
 from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, DestinationState, Event
-from .core.image import Image, decode, read_inet_sk
+from .core.image import Image, decode
 from .core.messages import Message, Stage
 from .core.policy import Taker
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
@@ -28,7 +30,7 @@ from .door import Entry
 from .executor import GaveUp, event_of
 from .graft import in_place
 from .journal import LOST_MARK, Journal
-from .kernel import process, repair, routing, sockdiag, sockopt
+from .kernel import process, repair, routing, sockdiag, sockopt, tcpinfo
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
@@ -37,6 +39,8 @@ from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
 from .transport.wire import Wire
 
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
+_LONGEST_MS = 1 << 31  # of the TSval clock: what is later is earlier (RFC 7323 5.3)
 _PREPARED_TIMEOUT_S = 10.0
 _STANDS_FOR = 2  # times what the origin allows itself before its offer: its word may be under way when that is over
 # Until the state comes, the origin may wait for a quiet instant, or for its application.
@@ -85,13 +89,10 @@ class Destination:
     def staged(cls, stage: Stage, wire: Wire, entry: Entry | None = None) -> Destination:
         """Find the way in, make the rules. The journal is claimed. Refused: nothing of it stands."""
         flow = Flow.from_json(stage.flow)
-        if len(stage.prologue) > messages.MAX_PROLOGUE:
-            raise ProtocolError("a prologue that is too long")
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
                    stage.prologue if stage.has_prologue else None, entry)
         side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
         try:
-            read_inet_sk(stage.inet_sk)
             side._stage()
         except BaseException:
             side._discard()
@@ -101,8 +102,10 @@ class Destination:
     def _stage(self) -> None:
         flow = self.flow
         for address in (flow.local.address, flow.peer.address):
-            if address.is_loopback or address.is_multicast or address.is_unspecified:
+            if any((address.is_loopback, address.is_multicast, address.is_unspecified, address == _BROADCAST)):
                 raise Refused(f"a connection with the address {address} cannot live here")
+        if flow.peer.address.is_link_local:
+            raise Refused(f"the peer {flow.peer.address} has a meaning on its own link only")
         if routing.is_local(flow.peer.address):
             raise Refused(f"the peer {flow.peer.address} is the destination host itself")
         try:
@@ -175,11 +178,13 @@ class Destination:
         return self._standing_s if stands else _TIMEOUTS_S.get(self._machine_state, _PREPARED_TIMEOUT_S)
 
     def next_event(self, timeout_s: float | None) -> Event:
+        """A word that asks for nothing does not make the time longer: a program may stand still meanwhile."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             message = self._wire.receive(timeout_s)
-            while isinstance(message, messages.Imminent):
+            while isinstance(message, messages.Imminent) and self._machine_state is DestinationState.READY:
                 self._warm_up()
-                message = self._wire.receive(timeout_s)
+                message = self._wire.receive(None if deadline is None else max(0, deadline - time.monotonic()))
         except LinkTimeout:
             return Event.TIMEOUT
         return self.received(message)
@@ -189,19 +194,20 @@ class Destination:
         when it was just done."""
         if self._rehearsed is not None:
             warm_up(self._rehearsed)
+            self._rehearsed = None
 
     def received(self, message: Message) -> Event:
         event = event_of(message, self.journal.pass_id)
         match message:
             case messages.Prepare():
-                if not secrets.compare_digest(message.nonce, self.nonce):
+                if not secrets.compare_digest(message.nonce.encode(), self.nonce.encode()):
                     raise ProtocolError("a state that was not made for this pass")
                 self._message = message
             case messages.Activate():
                 self._message = message
-                self._elapsed_ms = message.elapsed_ms
+                self._elapsed_ms = _elapsed(message.elapsed_ms)
             case messages.Commit():
-                self._elapsed_ms = message.elapsed_ms
+                self._elapsed_ms = _elapsed(message.elapsed_ms)
             case messages.Abort():
                 self._reason = message.reason
         return event
@@ -232,6 +238,8 @@ class Destination:
         state = decode(Image(message.inet_sk, message.tcp_stream, message.extras))
         if state.flow != self.flow:
             raise ProtocolError(f"the state is of {state.flow}, staged was {self.flow}")
+        if state.options.get("SO_MARK") == MARK:
+            raise ProtocolError(f"the state has the mark {MARK:#x}, which every rule of this tool lets by")
         self._state = state
         return state
 
@@ -405,6 +413,9 @@ class Destination:
         self._delivered = left.delivered or (left.sock is None and sockdiag.state_of(self.flow) is not None)
         if self._delivered:
             return
+        if left.sock is not None and _ends(tcpinfo.flow_of(left.sock)) != _ends(self.flow):
+            left.sock.close()
+            raise Refused(f"{self._graft.description} has another socket in the place of the connection")
         self._make_rules()
         if left.sock is None:
             self._arrange()
@@ -431,3 +442,15 @@ class Destination:
         Action.RECLAIM: _reclaim, Action.WRITE_ACTIVE: _write_active, Action.WRITE_LOST: _write_lost,
         Action.SEND_COMMITTED: _send_committed,
         Action.SEND_ACTIVE: _send_active, Action.SEND_ABORTED: _send_aborted, Action.SEND_LOST: _send_lost}
+
+
+def _ends(flow: Flow) -> tuple[Endpoint, Endpoint]:
+    """Without the form of the socket."""
+    return flow.local, flow.peer
+
+
+def _elapsed(milliseconds: int) -> int:
+    """By the origin's clock, since it read the state; there is no pass of weeks."""
+    if not 0 <= milliseconds < _LONGEST_MS:
+        raise ProtocolError("the time since the state was read cannot be")
+    return milliseconds

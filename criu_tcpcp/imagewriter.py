@@ -25,7 +25,7 @@ from .core.criu import messages as criu_messages
 from .core.endpoint import Flow
 from .core.errors import LinkTimeout, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, DestinationState, Event
-from .core.image import Image, decode, read_inet_sk
+from .core.image import Image, decode
 from .core.imageset import Owner
 from .core.messages import Message, Stage
 from .executor import event_of
@@ -63,7 +63,6 @@ class ImageWriter:
         side = cls(Journal(stage.pass_id, DESTINATION), wire, Flow.from_json(stage.flow), place,
                    Owner(owner.pid, process.name(owner.pid), owner.descriptors))
         try:
-            read_inet_sk(stage.inet_sk)
             # Not under "flow": no rule of this host is this side's, and none may be taken away with it.
             side.journal.write("images", place=str(place), connection=str(side.flow), flow_json=side.flow.to_json())
             side.journal.reserve(LOST_MARK)
@@ -108,7 +107,7 @@ class ImageWriter:
         event = event_of(message, self.journal.pass_id)
         match message:
             case messages.Prepare():
-                if not secrets.compare_digest(message.nonce, self.nonce):
+                if not secrets.compare_digest(message.nonce.encode(), self.nonce.encode()):
                     raise ProtocolError("a state that was not made for this pass")
                 self._message = message
             case messages.Activate():

@@ -28,6 +28,7 @@ from .core.criu import messages as load_criu_messages
 from .core.endpoint import Flow
 from .core.errors import JournalError, LinkError, ProtocolError, TcpcpError
 from .core.handoff import DESTINATION_FINAL, DestinationState, Event
+from .core.image import read_inet_sk
 from .core.imageset import Owner
 from .destination import PROLOGUE_FILE, Destination
 from .door import Denied, Door, Entry
@@ -131,6 +132,7 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
     with contextlib.ExitStack() as held:
         try:
             journal = Journal(stage.pass_id, DESTINATION)
+            _refuse_nonsense(stage)
             if door is not None:
                 entry = door.entry(journal, Flow.from_json(stage.flow), stage.into)
                 entry.admit_way()
@@ -158,6 +160,14 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
         finally:
             for pid in chain:
                 syscalls.go_along(pid)
+
+
+def _refuse_nonsense(stage: messages.Stage) -> None:
+    """ProtocolError for what can be seen without a look at this host; nothing was written yet."""
+    Flow.from_json(stage.flow)
+    read_inet_sk(stage.inet_sk)
+    if len(stage.prologue) > messages.MAX_PROLOGUE:
+        raise ProtocolError("a prologue that is too long")
 
 
 def _answer(query: messages.Query, wire: Wire, images: Images | None, door: Door | None) -> None:

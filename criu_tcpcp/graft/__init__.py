@@ -89,7 +89,7 @@ def check_name(into: str) -> None:
     numbers = [part.isascii() and part.isdigit() and len(part) < 10 for part in rest.split(":")]
     known = {"auto": not colon, "receiver": bool(rest) == bool(colon), "accept": numbers == [True],
              "listen": numbers == [True] and 0 < int(rest) < 65536, "pid": numbers in ([True], [True, True])}
-    if not known.get(kind, False):
+    if not known.get(kind, False) or "\0" in into:
         raise UsageError(f"--into {into[:80]}: not a way in that this version knows",
                          hint="auto, receiver[:PATH], accept:PID, listen:PORT or pid:PID[:FD]")
 
