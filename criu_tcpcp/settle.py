@@ -388,12 +388,15 @@ def _alive_here(flow: Flow) -> bool:
 
 
 def sweep_host() -> None:
-    """Undo what a `serve` that was killed before its decision had staged, and remove rules that no connection needs."""
+    """Undo what a `serve` that was killed before its decision had staged, forget the state of a pass whose keeper was
+    killed when it was of use no more (before the offer, or after the end), remove rules that no connection needs."""
     for journal in journals.all_journals():
-        if journal.side != journals.DESTINATION:
-            continue
         with contextlib.suppress(TcpcpError), journal.locked(wait=False) as mine:
-            if mine and journal.exists() and journal.verdict() != "committed":
+            if not mine or not journal.exists():
+                continue
+            if journal.side == journals.ORIGIN and journal.last() not in journals.UNSETTLED:
+                journal.forget(STATE_FILE)
+            elif journal.side == journals.DESTINATION and journal.verdict() != "committed":
                 _undo_staged(journal)
     for version in IP_VERSIONS:
         with contextlib.suppress(KernelError), host_rules(version) as rules:

@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
         console.log("warning: taking the connection back without the destination's word; if it has committed, the "
                     "peer will hear two hosts and may reset the connection")
     ids = [arguments.id] if arguments.id else [journal.pass_id for journal in settle.unsettled()]
+    if arguments.id is None:
+        settle.sweep_host()
     codes = set()
     for pass_id in ids:
         try:
