@@ -85,7 +85,8 @@ def prepare_run_directory() -> None:
 
 
 def refuse_unsafe_run_directory() -> None:
-    """JournalError where another user could have made what is in it, or can change it. Nothing there is as good."""
+    """JournalError where another user could have made what is in it, or can change it. Nothing there is as good.
+    Journals may be a group's, where root gave it the directory so (mode 3770, docs/door.md)."""
     for path, forbidden in ((run_directory(), 0o022), (run_directory() / "passes", 0o077),
                             (applications_directory(), 0)):
         with contextlib.suppress(FileNotFoundError), _explained("look at the run directory", FileNotFoundError):
@@ -95,6 +96,8 @@ def refuse_unsafe_run_directory() -> None:
             if found.st_uid not in (0, os.geteuid()):
                 raise JournalError(f"{path} belongs to another user (number {found.st_uid})",
                                    hint="it must be root's")
+            if found.st_mode & stat.S_ISGID:
+                forbidden &= ~0o070
             if found.st_mode & forbidden:
                 raise JournalError(f"{path} is open to others (mode {stat.S_IMODE(found.st_mode):o})",
                                    hint=f"chmod {0o777 & ~forbidden:o} {path}, if nobody has been at it")
@@ -146,7 +149,8 @@ def _is_identity(value: Any) -> bool:
 
 #: What holds for the fields that others rely upon, whatever the record.
 _FORMS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("record", "boot", "host", "destination_boot", "into", "way", "origin_sees"), _is(str)),
+    **dict.fromkeys(("record", "boot", "host", "destination_boot", "into", "way", "origin_sees", "key", "rule"),
+                    _is(str)),
     **dict.fromkeys(("pid", "start_time", "cookie", "inode", "extracted_at_ms", "offered_at_ms", "sequence",
                      "descriptor"), _is(int)),
     **dict.fromkeys(("divert", "keeps_fence", "has_prologue", "fences", "injected"), _is(bool)),
@@ -209,12 +213,13 @@ class Journal:
     def _read(self, name: str, limit: int) -> bytes | None:
         """A file of the pass, no link; None where there is none. JournalError where it is over the limit."""
         with contextlib.suppress(FileNotFoundError), _explained(f"read the {name} of a pass", FileNotFoundError):
-            descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(descriptor, "rb") as file:
-                size = os.fstat(descriptor).st_size
-                if size > limit:
-                    raise JournalError(f"the {name} of pass {self.pass_id} has {size} bytes: it is none of ours")
-                return file.read(size)
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+                    raise JournalError(f"the {name} of pass {self.pass_id} is none of ours: {found.st_size} bytes, "
+                                       f"mode {found.st_mode:o}")
+                return file.read(found.st_size)
         return None
 
     def last(self) -> str:
