@@ -43,8 +43,8 @@ _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 _LONGEST_MS = 1 << 31  # of the TSval clock: what is later is earlier (RFC 7323 5.3)
 _PREPARED_TIMEOUT_S = 10.0
 _STANDS_FOR = 2  # times what the origin allows itself before its offer: its word may be under way when that is over
-# Until the state comes, the origin may wait for a quiet instant, or for its application.
-_TIMEOUTS_S = {DestinationState.READY: 60.0, DestinationState.INTERRUPTED: 30.0}
+_INTERRUPTED_TIMEOUT_S = 30.0
+_LONGEST_WAIT_S = 600.0  # for a state, however long an origin wants to look for a quiet instant
 PROLOGUE_FILE = "prologue"
 _FORCED = frozenset({"SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK"})  # of a dormant socket: they are not the program's
 
@@ -78,6 +78,7 @@ class Destination:
         self._rehearsed: Image | None = None
         self._elapsed_ms = 0
         self._unfenced = False
+        self._ready_s = _PREPARED_TIMEOUT_S  # how long to wait for the state
         self._standing_s = _PREPARED_TIMEOUT_S  # how long a whole program may stand still for an offer
         self._delivered = False
         self._interrupted = False
@@ -91,6 +92,8 @@ class Destination:
         flow = Flow.from_json(stage.flow)
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
                    stage.prologue if stage.has_prologue else None, entry)
+        # Until the state comes, the origin may wait for a quiet instant, or for its application.
+        side._ready_s = min(max(0, stage.idle_ms) / 1000 + _PREPARED_TIMEOUT_S, _LONGEST_WAIT_S)
         side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
         try:
             side._stage()
@@ -174,8 +177,10 @@ class Destination:
         self._reason = str(error)
 
     def timeout_s(self) -> float | None:
-        stands = self._graft is not None and self._graft.stops and self._machine_state is DestinationState.PREPARED
-        return self._standing_s if stands else _TIMEOUTS_S.get(self._machine_state, _PREPARED_TIMEOUT_S)
+        stands = self._graft is not None and self._graft.stops
+        return {DestinationState.READY: self._ready_s,
+                DestinationState.PREPARED: self._standing_s if stands else _PREPARED_TIMEOUT_S,
+                DestinationState.INTERRUPTED: _INTERRUPTED_TIMEOUT_S}.get(self._machine_state, _PREPARED_TIMEOUT_S)
 
     def next_event(self, timeout_s: float | None) -> Event:
         """A word that asks for nothing does not make the time longer: a program may stand still meanwhile."""

@@ -66,7 +66,7 @@ class Hello(Message):
 class Stage(Message):
     """`inet_sk`: the connection's inet_sk_entry while it still runs; Prepare's is the one that counts. `max_stall_ms`:
     how long the pass may take before the offer. `prologue`: what the program there reads before the peer's bytes, if
-    `has_prologue`."""
+    `has_prologue`. `idle_ms`: how long the origin may look for a quiet instant before that."""
 
     kind = 2
     pass_id: str
@@ -77,6 +77,7 @@ class Stage(Message):
     max_stall_ms: int
     has_prologue: bool = False
     prologue: bytes = field(default=b"", repr=False)
+    idle_ms: int = 0
 
 
 @dataclass(frozen=True)

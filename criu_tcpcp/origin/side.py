@@ -137,7 +137,8 @@ class Origin:
         entry = encode_inet_sk(self.flow, self._connection.state, not os.get_blocking(sock.fileno()),
                                self.program.options, self._connection.inode)
         wire.send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into, self.options.redirect, entry,
-                        self.options.max_stall_ms, self.options.prologue is not None, self.options.prologue or b""))
+                        self.options.max_stall_ms, self.options.prologue is not None, self.options.prologue or b"",
+                        self.options.idle_ms or 0))
         self._stage_here()  # while the destination does the same
         answer = wire.receive(_STAGE_TIMEOUT_S)
         if isinstance(answer, RefusedMessage):
