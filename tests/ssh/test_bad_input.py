@@ -149,7 +149,7 @@ def test_a_process_that_exits_meanwhile() -> None:
 @pytest.mark.parametrize(("options", "words"), [
     (["--host", "root@10.77.2.99"], ["No route to host"]),
     (["--host", "root@no.such.host.invalid"], ["no such host"]),
-    (["--host", "root@10.77.2.12:2222"], ["connection refused", "is sshd running there"])])
+    (["--host", "root@10.77.2.12:2223"], ["connection refused", "is sshd running there"])])
 def test_a_host_that_is_not_reached(by: Bystanders, options: list[str], words: list[str]) -> None:
     identity = by.here.lab.ssh_options(by.here.lab.destination)[:4]
     by.refuses(by.pass_argv(ssh=[*identity, *options]), REFUSED, *words, "the origin process still has its connection")
