@@ -82,7 +82,8 @@ class Attempt:
     def go_on(self) -> None:
         for name in ("tcpcp-keeper", "tcpcp-serve"):
             for pid in self.find(name):
-                os.kill(pid, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def outcome(self) -> dict[str, object] | None:
         """The report, unless the command was the victim."""
