@@ -6,6 +6,7 @@ daemon that is not there is noticed: without a line nothing is let in. Else it i
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -50,7 +51,7 @@ class Audit:
                                  | os.O_CLOEXEC, 0o640)
             try:
                 if os.write(descriptor, text) != len(text):
-                    raise OSError(28, "no space for a whole line")
+                    raise OSError(errno.ENOSPC, "no space for a whole line")
             finally:
                 os.close(descriptor)
 

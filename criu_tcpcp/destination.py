@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from . import graft
 from .core import messages
-from .core.endpoint import Endpoint, Flow
+from .core.endpoint import Flow
 from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, DestinationState, Event
 from .core.image import Image, decode
@@ -418,7 +418,7 @@ class Destination:
         self._delivered = left.delivered or (left.sock is None and sockdiag.state_of(self.flow) is not None)
         if self._delivered:
             return
-        if left.sock is not None and _ends(tcpinfo.flow_of(left.sock)) != _ends(self.flow):
+        if left.sock is not None and tcpinfo.flow_of(left.sock).plain != self.flow.plain:
             left.sock.close()
             raise Refused(f"{self._graft.description} has another socket in the place of the connection")
         self._make_rules()
@@ -447,11 +447,6 @@ class Destination:
         Action.RECLAIM: _reclaim, Action.WRITE_ACTIVE: _write_active, Action.WRITE_LOST: _write_lost,
         Action.SEND_COMMITTED: _send_committed,
         Action.SEND_ACTIVE: _send_active, Action.SEND_ABORTED: _send_aborted, Action.SEND_LOST: _send_lost}
-
-
-def _ends(flow: Flow) -> tuple[Endpoint, Endpoint]:
-    """Without the form of the socket."""
-    return flow.local, flow.peer
 
 
 def _elapsed(milliseconds: int) -> int:

@@ -143,10 +143,11 @@ class Executor(Generic[State]):
 
     def _perform(self, actions: tuple[Action, ...]) -> Event:
         for action in actions:
-            self._faults.stop(f"{self._side.name}:{action.value}")
+            point = f"{self._side.name}:{action.value}"
+            self._faults.stop(point)
             start = time.perf_counter()
             try:
-                self._faults.fail(f"{self._side.name}:{action.value}")
+                self._faults.fail(point)
                 found = self._side.perform(action)
             except TcpcpError as error:
                 if action in BEST_EFFORT:

@@ -96,12 +96,7 @@ def _rules_of(journal: Journal, flow: Flow | None) -> list[str]:
     if flow is None:
         return []
     with _namespace_of(journal), host_rules(flow.ip_version) as rules:
-        return sorted(name for name, flows in rules.flows().items() if _plain(flow) in flows)
-
-
-def _plain(flow: Flow) -> Flow:
-    """As the rules name it: they see packets, not sockets."""
-    return Flow(flow.local, flow.peer)
+        return sorted(name for name, flows in rules.flows().items() if flow.plain in flows)
 
 
 @contextlib.contextmanager

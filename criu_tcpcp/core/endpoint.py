@@ -72,6 +72,11 @@ class Flow:
     def socket_family(self) -> int:
         return socket.AF_INET6 if self.mapped or self.ip_version == 6 else socket.AF_INET
 
+    @property
+    def plain(self) -> Flow:
+        """As packets show it, and so the rules: without what only its socket knows."""
+        return Flow(self.local, self.peer)
+
     def __str__(self) -> str:
         return f"{self.local} <-> {self.peer}"
 

@@ -110,11 +110,10 @@ class ToAccept(IntoProgram):
         if address.is_unspecified:
             address = flow.local.address if routing.is_local(flow.local.address) \
                 else ipaddress.ip_address(source_towards(flow.peer))
-        forged, plain = Flow(Endpoint(address, listener.port), Endpoint(flow.peer.address, port)), \
-            Flow(flow.local, flow.peer)
+        forged = Flow(Endpoint(address, listener.port), Endpoint(flow.peer.address, port))
         if sockdiag.state_of(forged) is not None:
             raise Refused(f"the destination has a connection {forged} already")
-        return Forged(listener, forged, ground.journal, ground.rules, ground.injector, fenced=forged == plain,
+        return Forged(listener, forged, ground.journal, ground.rules, ground.injector, fenced=forged == flow.plain,
                       talks=ground.prologue is not None)
 
     def _borrowed(self, listener: Listener) -> socket.socket:
