@@ -26,8 +26,8 @@ class Attempt:
         whichever side."""
         self.here = here
         stops = [point for point in ("" if fails_with else step, also) if point]
-        wanted = {"CRIU_TCPCP_STOP_AT": ",".join(stops), "CRIU_TCPCP_FAIL_AT": f"{step}={fails_with}"}
-        variables = {name: value for name, value in wanted.items() if value and not value.endswith("=")}
+        variables = {"CRIU_TCPCP_STOP_AT": ",".join(stops),
+                     "CRIU_TCPCP_FAIL_AT": f"{step}={fails_with}" if fails_with else ""}
         at_origin = step.startswith("origin:")
         environment = variables if at_origin or argv or also else {}
         options = []
@@ -68,7 +68,11 @@ class Attempt:
                 continue
         return found
 
-    def kill(self, victim: str) -> None:
+    def kill(self, *victims: str) -> None:
+        for victim in victims:
+            self._kill(victim)
+
+    def _kill(self, victim: str) -> None:
         if victim == "command":
             self.command.kill()
             self.command.wait()

@@ -107,8 +107,7 @@ Fault = Callable[[Scene], contextlib.AbstractContextManager[None]]
 def _killed(*victims: str) -> Fault:
     @contextlib.contextmanager
     def fault(scene: Scene) -> Iterator[None]:
-        for victim in victims:
-            scene.attempt.kill(victim)
+        scene.attempt.kill(*victims)
         yield
     return fault
 

@@ -83,6 +83,13 @@ def _bent_once(rng: Random, value: Any) -> Any:
     return odd(rng)
 
 
+def bent_some(rng: Random, text: str, below: int) -> str:
+    """`bent_text`, fewer times than `below`; perhaps not at all."""
+    for _ in range(rng.randrange(below)):
+        text = bent_text(rng, text)
+    return text
+
+
 def bent_text(rng: Random, text: str) -> str:
     at = rng.randint(0, len(text))
     other = rng.choice((str(rng.choice(TEXTS)), chr(rng.randrange(0x3000)), text[:at], str(rng.choice(NUMBERS))))

@@ -57,7 +57,7 @@ from criu_tcpcp.verify import builder
 from madeup import passed
 from states import FLOWS, plain
 
-from .mutation import NUMBERS, bent_bytes, bent_text, bent_value, cut, is_rare, odd
+from .mutation import NUMBERS, bent_bytes, bent_some, bent_text, bent_value, cut, is_rare, odd
 
 ID = "0123456789abcdef"
 MODULUS = 1 << 32
@@ -398,10 +398,7 @@ COUNTERS = ("TcpExt: TCPTimeouts TCPAbortOnData PAWSEstab\nTcpExt: 0 5 17\nIpExt
 
 
 def _counters(rng: Random) -> str:
-    text = COUNTERS
-    for _ in range(rng.randrange(3)):
-        text = bent_text(rng, text)
-    return text
+    return bent_some(rng, COUNTERS, 3)
 
 
 # -- packets, netlink, processes ---------------------------------------------------------------------------------------
@@ -522,10 +519,7 @@ KNOWN = (f"[dest.lan]:2222 ssh-ed25519 {KEY}\n@revoked * ssh-rsa AAAAB3==\n# com
 
 
 def _known(rng: Random) -> str:
-    text = KNOWN
-    for _ in range(rng.randrange(4)):
-        text = bent_text(rng, text)
-    return text
+    return bent_some(rng, KNOWN, 4)
 
 
 def _judge_key(text: str) -> None:

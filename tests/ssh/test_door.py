@@ -162,8 +162,7 @@ def test_a_pass_in_doubt_is_settled_through_the_door(step: str, owner: str) -> N
     with conversation(register=False) as (here, peer), Door(here, changed()) as door:
         exchange(peer, b"before")
         attempt = Attempt(here, step)
-        for victim in ("command", "keeper", "serve"):
-            attempt.kill(victim)
+        attempt.kill("command", "keeper", "serve")
         (settled,) = map(json.loads, here.lab.origin.run([COMMAND, "resolve", "--json"], check=False)
                          .stdout.splitlines())
         assert settled["owner"] == owner

@@ -126,8 +126,7 @@ def test_an_interrupted_pass_is_settled_by_another_serve() -> None:
             UsersDoor(here, RULES, USER):
         exchange(peer, b"before")
         attempt = Attempt(here, "origin:redirect")
-        for victim in ("command", "keeper", "serve"):
-            attempt.kill(victim)
+        attempt.kill("command", "keeper", "serve")
         settled = json.loads(here.lab.origin.run([COMMAND, "resolve", "--json"]).stdout)
         assert (settled["owner"], settled["exit"]) == ("destination", 0)
         here.owner = here.lab.destination

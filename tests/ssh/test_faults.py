@@ -34,8 +34,7 @@ def test_in_doubt_the_process_stays_stopped_until_somebody_decides() -> None:
         origin, pid = here.lab.origin, here.node.process.pid
         attempt = Attempt(here, "origin:send commit", "--doubt-limit", "3600")
         cut_off(here, attempt)
-        for victim in ("command", "keeper"):
-            attempt.kill(victim)
+        attempt.kill("command", "keeper")
         until(lambda: state(pid) == "T", "the process to stay stopped")
         (known,) = map(json.loads, origin.run([COMMAND, "passes", "--json"]).stdout.splitlines())
         assert (known["side"], known["state"], known["rules"]) == ("origin", "in doubt", ["fenced"])
@@ -105,8 +104,7 @@ def test_a_committed_pass_is_settled_though_its_origin_process_has_gone() -> Non
     with conversation(register=False) as (here, peer):
         exchange(peer, b"before")
         attempt = Attempt(here, "destination:unfence")
-        for victim in ("command", "keeper", "serve"):
-            attempt.kill(victim)
+        attempt.kill("command", "keeper", "serve")
         origin = here.lab.origin
         origin.run(["sysctl", "-qw", "net.ipv4.tcp_orphan_retries=1"])  # else it takes minutes
         here.node.end()
@@ -141,8 +139,7 @@ def test_a_destination_that_was_rebooted_does_not_have_it(tmp_path: Path) -> Non
         exchange(peer, b"before")
         destination, pid = here.lab.destination, here.node.process.pid
         attempt = Attempt(here, "origin:send commit", "--remote-command", str(tool))
-        for victim in ("command", "keeper", "serve", "receiver"):
-            attempt.kill(victim)
+        attempt.kill("command", "keeper", "serve", "receiver")
         tool.write_text(f'#!/bin/sh\n{rebooted(tmp_path)} "$@"\n')
         destination.run(["nft", "flush", "ruleset"])
         destination.run(["ip", "rule", "del", "pref", "90"])
@@ -164,8 +161,7 @@ def test_an_origin_that_was_rebooted_has_only_the_record_left(tmp_path: Path) ->
         exchange(peer, b"before")
         origin = here.lab.origin
         attempt = Attempt(here, "origin:send commit")
-        for victim in ("command", "keeper"):
-            attempt.kill(victim)
+        attempt.kill("command", "keeper")
         here.node.process.kill()
         origin.run(["nft", "flush", "ruleset"])
         tool = ["sh", "-c", f'{rebooted(tmp_path)} "$@"', "sh"]
@@ -183,8 +179,7 @@ def test_two_that_settle_the_same_pass_do_not_meet() -> None:
         exchange(peer, b"before")
         origin = here.lab.origin
         attempt = Attempt(here, "origin:send commit")
-        for victim in ("command", "keeper"):
-            attempt.kill(victim)
+        attempt.kill("command", "keeper")
         first = origin.spawn([COMMAND, "resolve", "--json"], env={"CRIU_TCPCP_STOP_AT": "resolve:send query"},
                              stdout=subprocess.PIPE, text=True)
         until(lambda: state(first.pid) == "T", "the first to stop before it asks", every_s=0.02)

@@ -64,8 +64,7 @@ def test_the_resolve_unit_settles_what_nobody_works_on() -> None:
         origin, name = here.lab.origin, "criu-tcpcp-resolve.service"
         assert not would_start(name, origin)
         attempt = Attempt(here, "origin:send commit")
-        for victim in ("command", "keeper"):
-            attempt.kill(victim)
+        attempt.kill("command", "keeper")
         pid = here.node.process.pid
         until(lambda: state(pid) == "T", "the process to stay stopped")
         assert would_start(name, origin)
