@@ -152,7 +152,9 @@ def test_close_when_the_far_command_never_reads(far: Far) -> None:
 
 
 def test_what_was_written_before_close_arrives(far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("criu_tcpcp.transport.link._CLOSE_S", _PATIENCE_S)  # on a busy machine a second is soon over
+    # On a busy machine both times are soon over, and 300 kB may be on their way still.
+    monkeypatch.setattr("criu_tcpcp.transport.link._CLOSE_S", _PATIENCE_S)
+    monkeypatch.setattr("criu_tcpcp.transport.ssh.DRAIN_S", _PATIENCE_S)
     message = random.Random(2).randbytes(300000)
     with open_link(far(f"cat > {shlex.quote(str(tmp_path / 'copy'))}")) as link:
         link.socket.sendall(message)
