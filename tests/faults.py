@@ -95,6 +95,7 @@ class Scene:
     attempt: Attempt
     gone: set[str] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)
+    is_struck_again: bool = False
 
     @property
     def hosts(self) -> tuple[Host, Host]:
@@ -215,8 +216,13 @@ def _kill_who_stops_again(scene: Scene) -> None:
         if not attempt.stopped():
             return
         for pid in attempt.stopped():
-            os.kill(pid, signal.SIGKILL)
-            until(lambda pid=pid: state(pid) in ("", "Z"), "its end")  # type: ignore[misc]
+            _kill_here(scene, pid)
+
+
+def _kill_here(scene: Scene, pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: state(pid) in ("", "Z"), "its end")
+    scene.is_struck_again = True
 
 
 def _ended(scene: Scene) -> list[dict[str, Any]]:
@@ -239,10 +245,26 @@ def _settled(scene: Scene) -> list[dict[str, Any]]:
         first.wait()
     if destination.name in scene.gone:
         return _forced(origin)
-    settled = origin.run([COMMAND, "resolve", "--json"], check=False)
-    assert "Traceback" not in settled.stderr, settled.stderr
-    assert settled.returncode != ExitCode.IN_DOUBT, settled
-    return [json.loads(line) for line in settled.stdout.splitlines()]
+    settling = origin.spawn([COMMAND, "resolve", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while settling.poll() is None:
+        _strike_again_once(scene)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            settling.wait(0.02)
+    out, err = settling.communicate()
+    assert "Traceback" not in err, err
+    assert settling.returncode != ExitCode.IN_DOUBT, (out, err)
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def _strike_again_once(scene: Scene) -> None:
+    """Every `serve` that the pass's target starts stops at the case's second point: the first one is killed there, and
+    those behind it go on."""
+    for pid in scene.attempt.stopped():
+        if not scene.is_struck_again:
+            _kill_here(scene, pid)
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def _forced(origin: Host) -> list[dict[str, Any]]:
