@@ -30,7 +30,7 @@ from .door import Entry
 from .executor import GaveUp, event_of
 from .graft import in_place
 from .journal import LOST_MARK, Journal
-from .kernel import process, repair, routing, sockdiag, sockopt, tcpinfo
+from .kernel import netns, process, repair, routing, sockdiag, sockopt, tcpinfo
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
@@ -59,6 +59,7 @@ class Destination:
         self.flow = flow
         self.nonce = secrets.token_hex(16)
         self.address_is_local = False
+        self.takes_at = ""  # where packets for it go, if not to the host that SSH reached
         self.left: list[str] = []
         self.notes: list[str] = []
         self.steps: list[tuple[str, float]] = []
@@ -87,8 +88,9 @@ class Destination:
     # -- staging -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def staged(cls, stage: Stage, wire: Wire, entry: Entry | None = None) -> Destination:
-        """Find the way in, make the rules. The journal is claimed. Refused: nothing of it stands."""
+    def staged(cls, stage: Stage, wire: Wire, entry: Entry | None = None, *, is_apart: bool = False) -> Destination:
+        """Find the way in, make the rules. The journal is claimed. `is_apart`: the program is in a network namespace of
+        its own, where this runs. Refused: nothing of it stands."""
         flow = Flow.from_json(stage.flow)
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
                    stage.prologue if stage.has_prologue else None, entry)
@@ -97,6 +99,8 @@ class Destination:
         side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
         try:
             side._stage()
+            if is_apart:
+                side.takes_at = str(routing.source_towards(flow.peer.address))
         except BaseException:
             side._discard()
             raise
@@ -123,7 +127,8 @@ class Destination:
         self._admit(self._graft.takers())
         with host_rules(flow.ip_version) as rules:
             self._keeps_fence = rules.is_fenced(flow)  # of an earlier pass from here: it outlives this one undone
-        self.journal.write("staged", flow=flow.to_json(), into=self._into, divert=not self.address_is_local,
+        self.journal.write("staged", flow=flow.to_json(), into=self._into, network=list(netns.own()),
+                           divert=not self.address_is_local,
                            keeps_fence=self._keeps_fence, way=self._graft.way, taker=self._graft.taker.to_json(),
                            has_prologue=self._prologue is not None)
         if self._prologue is not None:

@@ -19,7 +19,7 @@ def greet(link: Link, wire: Wire, timeout_s: float = TIMEOUT_S) -> Hello:
     """Exchange Hello. LinkError says why there is no answer, Refused names both versions where they do not fit."""
     try:
         wire.send(Hello(PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(),
-                        list(netns.identity("/proc/thread-self/ns/net"))))
+                        list(netns.own())))
         answer = wire.receive(timeout_s)
     except (LinkError, ProtocolError):
         if wire.silent:

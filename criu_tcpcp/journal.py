@@ -155,7 +155,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
                      "descriptor"), _is(int)),
     **dict.fromkeys(("divert", "keeps_fence", "has_prologue", "fences", "injected"), _is(bool)),
     **dict.fromkeys(("flow", "flow_json", "thrown", "plan", "target"), _is(dict)),
-    "descriptors": _are_numbers, "taker": _is_identity, "doubt_limit_s": _is(int, float),
+    "descriptors": _are_numbers, "taker": _is_identity, "network": _is_identity, "doubt_limit_s": _is(int, float),
     "place": _is(str, dict, type(None))}
 
 

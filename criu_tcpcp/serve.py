@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import namespaces
 from ._version import __version__
 from .core import handoff, messages
 from .core.criu import messages as load_criu_messages
@@ -73,7 +74,7 @@ def serve(images: Images | None = None, door: Door | None = None) -> None:
         wire.send(messages.Refused("", error.message, error.hint))
         return
     # A directory speaks on no network: it may be on the origin host.
-    network = list(netns.identity("/proc/thread-self/ns/net")) if images is None else []
+    network = list(netns.own()) if images is None else []
     wire.send(messages.Hello(messages.PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(), network))
     sweep_host()
     while True:
@@ -138,7 +139,8 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
                 entry.admit_way()
             if images is None:
                 held.enter_context(journal.claimed(stage.flow))
-                side = Destination.staged(stage, wire, entry)
+                is_apart = held.enter_context(namespaces.of_target(stage.into, guarded=door is not None))
+                side = Destination.staged(stage, wire, entry, is_apart=is_apart)
             else:
                 journal.create()
                 held.enter_context(journal.locked())
@@ -150,7 +152,8 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
             return
         held.enter_context(contextlib.closing(side))
         held.enter_context(without_garbage_collection())
-        wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into, side.knows))
+        wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into, side.knows,
+                                  side.takes_at))
         carrier = process.carrier()
         chain = [None] if carrier is None else [None, carrier]  # a message is as slow as the slowest that hands it on
         for pid in chain:
@@ -186,10 +189,11 @@ def _answer(query: messages.Query, wire: Wire, images: Images | None, door: Door
             wire.send(messages.Aborted(query.pass_id, "the destination does not have it"))
             return
         entry = door.entry(journal, Flow.from_json(staged["flow"]), staged["into"]) if door is not None else None
-        side = (Destination.recovered(journal, wire, entry) if images is None
-                else ImageWriter.recovered(journal, wire, images.owner))
-        with contextlib.closing(side):
-            _run(side, entry, Event.QUERY)
+        with namespaces.of_side(journal):
+            side = (Destination.recovered(journal, wire, entry) if images is None
+                    else ImageWriter.recovered(journal, wire, images.owner))
+            with contextlib.closing(side):
+                _run(side, entry, Event.QUERY)
 
 
 def _abort_unknown(journal: Journal) -> None:
@@ -223,9 +227,11 @@ def _run(side: Destination | ImageWriter, entry: Entry | None, event: Event | No
 
 def _tell_whether_it_stands(ask: messages.Ask, wire: Wire, images: Images | None, door: Door | None) -> None:
     flow = Flow.from_json(ask.flow)
+    journal = Journal(ask.pass_id, DESTINATION)
     if door is not None:
-        door.check_flow(Journal(ask.pass_id, DESTINATION), flow)
-    stands = stands_here(flow) if images is None else holds_dump(images.place, ask.pass_id)
+        door.check_flow(journal, flow)
+    with namespaces.of_side(journal):
+        stands = stands_here(flow) if images is None else holds_dump(images.place, ask.pass_id)
     wire.send(messages.Standing(ask.pass_id, stands))
 
 

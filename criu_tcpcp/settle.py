@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import graft
+from . import graft, namespaces
 from . import journal as journals
 from .core import handoff
 from .core.endpoint import Flow
@@ -95,22 +94,8 @@ def _state(journal: Journal, working: bool) -> str:
 def _rules_of(journal: Journal, flow: Flow | None) -> list[str]:
     if flow is None:
         return []
-    with _namespace_of(journal), host_rules(flow.ip_version) as rules:
+    with namespaces.of_side(journal), host_rules(flow.ip_version) as rules:
         return sorted(name for name, flows in rules.flows().items() if flow.plain in flows)
-
-
-@contextlib.contextmanager
-def _namespace_of(journal: Journal) -> Iterator[None]:
-    """The network namespace in which the rules of this side stand: the origin process's, if that is still there."""
-    intent = journal.field("intent")
-    if intent is not None:
-        with contextlib.suppress(TcpcpError):
-            identity = process.identity(intent["pid"])
-            if identity.start_time == intent["start_time"]:
-                with netns.enter(process.network_namespace(identity.pid)):
-                    yield
-                return
-    yield
 
 
 # -- resolve -----------------------------------------------------------------------------------------------------------
@@ -245,7 +230,8 @@ def release(pass_id: str | None = None, *, force: bool = False) -> Released:
     with contextlib.ExitStack() as stack:
         elsewhere = _Elsewhere(stack)
         for journal in chosen:
-            why = _why_kept(journal, force)
+            with namespaces.of_side(journal):
+                why = _why_kept(journal, force)
             if why is None and pass_id is None:
                 why = elsewhere.why_kept(journal)
             if why is None:
@@ -296,7 +282,7 @@ class _Elsewhere:
             return None
         flow = Flow.from_json(intent["flow"])
         dumped = _images_of(journal)
-        with _namespace_of(journal), host_rules(flow.ip_version) as rules:
+        with namespaces.of_side(journal), host_rules(flow.ip_version) as rules:
             if not rules.is_moved(flow) and dumped is None:
                 return None
         all_the_same = f"criu-tcpcp release {journal.pass_id} releases it all the same"
@@ -342,7 +328,7 @@ def _remove(journal: Journal) -> None:
     first = journal.field("intent") or journal.field("staged")
     if first is not None and not _others_of(first["flow"], journal):
         flow = Flow.from_json(first["flow"])
-        with _namespace_of(journal), host_rules(flow.ip_version) as rules:
+        with namespaces.of_side(journal), host_rules(flow.ip_version) as rules:
             # What was dumped here and is alive here was made again from its images, and is not to stay fenced.
             if not _alive_here(flow) or _images_of(journal) is not None or _came_back(journal):
                 rules.stay(flow)
@@ -404,12 +390,13 @@ def _undo_staged(journal: Journal) -> None:
     staged = journal.field("staged")
     if staged is not None and not _in_use_by_another(journal):
         flow = Flow.from_json(staged["flow"])
-        with host_rules(flow.ip_version) as rules:
+        with namespaces.of_side(journal), host_rules(flow.ip_version) as rules:
             graft.abandon(journal, rules)
             # Passed away before: its fence stays, since packets still come by.
             if not staged.get("keeps_fence") and not rules.is_moved(flow):
                 rules.unfence(flow)
             DivertAtDestination().undo(rules, flow)
+            rules.sweep()
     take_away_remnant(journal)
     journal.remove()
 

@@ -57,7 +57,7 @@ class Attempt:
 
     def find(self, name: str) -> list[int]:
         """Processes of this lab by what they call themselves."""
-        wanted = {os.stat(host.netns).st_ino for host in (self.here.lab.origin, self.here.lab.destination)}
+        wanted = {os.stat(host.netns).st_ino for host in self.here.places}
         found = []
         for entry in Path("/proc").iterdir():
             try:

@@ -16,6 +16,10 @@ from world import PORT, World, world
 SERVERS = str(Path(__file__).parent / "servers.py")
 #: What the origin's program is to see of a connection that was passed away: an end, not an error.
 SEEN = ["--origin-sees", "eof"]
+#: Namespaces of processes and mounts.
+CONTAINER = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+MODELS = ["blocking", "threads", "handing", "accepting", "select", "poll", "epoll", "epoll-et", "asyncio", "forking",
+          "prefork", "reuseport"]
 
 
 def server(model: str, address: str, *options: str, prefix: Sequence[str] = ()) -> list[str]:

@@ -28,8 +28,7 @@ from criu_tcpcp.core.handoff import Action
 from criu_tcpcp.core.image import encode
 from criu_tcpcp.core.messages import Prepare, Stage
 from criu_tcpcp.destination import Destination
-from criu_tcpcp.graft.throwaway import source_towards
-from criu_tcpcp.kernel import process, sockdiag
+from criu_tcpcp.kernel import process, routing, sockdiag
 from criu_tcpcp.kernel.rules import host_rules
 from criu_tcpcp.transport.wire import Wire
 from states import plain
@@ -129,7 +128,7 @@ def attempt(into: str, pid: int, flow: Flow, at: int) -> int | None:
             raise SystemExit(f"after point {at} there are left: {left}")
     if journal.all_journals():
         raise SystemExit(f"after point {at} a journal is left")
-    serves(str(source_towards(PEER)), flow.local.port)
+    serves(str(routing.source_towards(PEER.address)), flow.local.port)
     until(lambda: links(pid) == before, f"the program to have its own descriptors only after point {at}: {links(pid)}",
           PATIENCE_S)
     return points if points or os.WIFSIGNALED(status) else None
@@ -142,7 +141,7 @@ def links(pid: int) -> list[str]:
 def main() -> None:
     into, (pid, port, times) = sys.argv[1], map(int, sys.argv[2:5])
     journal.prepare_run_directory()
-    local = Endpoint(ipaddress.ip_address(source_towards(PEER)), port)
+    local = Endpoint(routing.source_towards(PEER.address), port)
     flow = replace(plain().flow, local=local, peer=PEER)
     with contextlib.redirect_stdout(sys.stderr):
         points = one(into, pid, flow, 0)

@@ -109,12 +109,16 @@ class World:
                  register: bool = True, node_options: tuple[str, ...] = (),
                  destination_options: tuple[str, ...] = (), captured: bool = True, own_processors: bool = False,
                  whole: bool = False, programs: Mapping[str, Sequence[str]] | None = None, port: int = PORT,
-                 waiting: bool = True) -> None:
+                 waiting: bool = True, container: str = "") -> None:
         """`whole`: capture every byte, and have a network in which none needs a reservation: no packet overtakes
         another, and none is cut by a network card. `programs`: what runs at each of the two hosts instead, and knows
-        nothing of passes; it need not tell events. The destination's listens on `port`; `waiting`: until both do."""
+        nothing of passes; it need not tell events. The destination's listens on `port`; `waiting`: until both do.
+        `container`: the place in the lab that is the network of a container at the destination; there its program
+        runs."""
         self.lab, self.version, self.kind = lab, version, kind
-        self.clean = {host.name: leftovers(host) for host in (lab.origin, lab.destination)}
+        #: Where each host's program is.
+        self.homes = {lab.origin.name: lab.origin, lab.destination.name: lab.hosts[container or lab.destination.name]}
+        self.clean = {host.name: leftovers(host) for host in self.places}
         for host in (lab.origin, lab.destination):
             with _run_directory(host.run_dir):
                 journal.prepare_run_directory()
@@ -125,7 +129,7 @@ class World:
         self.unmodified = programs is not None
         argv = programs or {lab.origin.name: [*common, "--listen", address],
                             lab.destination.name: [*common, *destination_options]}
-        self.nodes = {host.name: Program(host, [*argv[host.name]]) for host in (lab.origin, lab.destination)}
+        self.nodes = {name: Program(home, [*argv[name]]) for name, home in self.homes.items()}
         for host in (lab.origin, lab.destination):
             if not self.unmodified:
                 self.nodes[host.name].wait_for("listening")
@@ -143,11 +147,16 @@ class World:
         if captured:
             self._captures_on()
 
+    @property
+    def places(self) -> list[Host]:
+        """Wherever a pass may leave something."""
+        return list(dict.fromkeys([self.lab.origin, self.lab.destination, *self.homes.values()]))
+
     # -- captures ------------------------------------------------------------------------------------------------------
 
     def _captures_on(self) -> None:
         for host, role in ((self.lab.peer, verify.Role.PEER), (self.lab.origin, verify.Role.ORIGIN),
-                           (self.lab.destination, verify.Role.DESTINATION)):
+                           (self.homes[self.lab.destination.name], verify.Role.DESTINATION)):
             path = self.lab.directory / f"{role.value}.pcap"
             if self.whole:
                 host.run(["ip", "link", "set", "dev", host.interface, "gso_max_segs", "1"])
@@ -237,12 +246,12 @@ class World:
     def serving(self, host: Host) -> list[tuple[int, int]]:
         """(process, descriptor) of whoever has the connection at this host, by ss."""
         assert self.flow is not None
-        return _users(host.run(["ss", "-tnpH", "state", "all", "sport", "=", str(self.flow.local.port), "dport", "=",
-                                str(self.flow.peer.port)]).stdout)
+        chosen = ["sport", "=", str(self.flow.local.port), "dport", "=", str(self.flow.peer.port)]
+        return _users(self.homes[host.name].run(["ss", "-tnpH", "state", "all", *chosen]).stdout)
 
-    @staticmethod
-    def _until_it_listens(host: Host, port: int) -> None:
-        until(lambda: host.run(["ss", "-tlnH", "sport", "=", str(port)]).stdout, f"{host.name}'s program to listen",
+    def _until_it_listens(self, host: Host, port: int) -> None:
+        home = self.homes[host.name]
+        until(lambda: home.run(["ss", "-tlnH", "sport", "=", str(port)]).stdout, f"{host.name}'s program to listen",
               every_s=0.02)
 
     # -- the pass ------------------------------------------------------------------------------------------------------
@@ -313,7 +322,7 @@ class World:
             left += [f"{host.name}: {line}" for line in said.splitlines() if line.startswith("kept")]
         for node in self.nodes.values():
             node.end()
-        for host in (self.lab.origin, self.lab.destination):
+        for host in self.places:
             left += [f"{host.name}: {line}" for line in self.left_at(host)]
         return left
 

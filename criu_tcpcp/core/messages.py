@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 from .errors import ProtocolError
 from .state import MAX_CARRIED
 
-PROTOCOL = 4  # one more for every message, field or meaning that is new
+PROTOCOL = 5  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
@@ -84,7 +84,7 @@ class Stage(Message):
 class Staged(Message):
     """`nonce` must come back with Prepare: an old state cannot be played again. `address_is_local`: the destination has
     the flow's local address itself. `into`: what was found, for the report. `knows`: the program there takes part in
-    passes; else it is an unmodified one."""
+    passes; else it is an unmodified one. `takes_at`: where packets for it go, if not to the host that SSH reached."""
 
     kind = 3
     pass_id: str
@@ -92,6 +92,7 @@ class Staged(Message):
     address_is_local: bool
     into: str
     knows: bool
+    takes_at: str = ""
 
 
 @dataclass(frozen=True)

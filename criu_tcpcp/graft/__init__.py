@@ -94,6 +94,13 @@ def check_name(into: str) -> None:
                          hint="auto, receiver[:PATH], accept:PID, listen:PORT or pid:PID[:FD]")
 
 
+def process_in(into: str) -> int | None:
+    """The process that `--into` names; None where it names none. UsageError as of `check_name`."""
+    check_name(into)
+    kind, _, rest = into.partition(":")
+    return int(rest.split(":")[0]) if kind in ("accept", "pid") else None
+
+
 def taker_of(pid: int, port: int | None) -> Taker:
     """What is to be known of this process."""
     return Taker(process.users(pid), process.executable(pid), port)

@@ -53,12 +53,11 @@ def check_program(pid: int) -> Identity:
         raise Refused(f"{who} is traced by process {tracer} ({process.name(tracer)}) already",
                       hint="a program has one tracer at a time: end that one")
     try:
-        here = netns.identity(process.network_namespace(pid)) == netns.identity("/proc/thread-self/ns/net")
+        here = netns.identity(process.network_namespace(pid)) == netns.own()
     except KernelError as error:
         raise Refused(f"{who} may not be looked at: {error.message}", hint="root is needed there") from None
-    if not here:
-        raise Refused(f"{who} is in another network namespace than criu-tcpcp serve",
-                      hint=f"--remote-command 'nsenter --net=/proc/{pid}/ns/net criu-tcpcp'")
+    if not here:  # it has the socket from a process of this one
+        raise Refused(f"{who} is in another network namespace than the socket at which it accepts")
     return identity
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from ..core import tcp
-from ..core.endpoint import Endpoint, Flow
+from ..core.endpoint import Flow
 from ..core.errors import KernelError, Refused
 from ..journal import Journal
 from ..kernel import repair, sockdiag
@@ -241,11 +241,3 @@ def unfence(journal: Journal, rules: HostRules) -> None:
 def _end_unowned(flow: Flow, sequence: int, injector: Injector) -> None:
     if sockdiag.state_of(flow) is not None:
         injector.deliver_bare(flow, RST, tcp.add(sequence, 1))
-
-
-def source_towards(peer: Endpoint) -> str:
-    """The address of this host that it would speak to the peer from."""
-    family = socket.AF_INET if peer.address.version == 4 else socket.AF_INET6
-    with failing(f"route to {peer.address}"), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((str(peer.address), peer.port))
-        return str(probe.getsockname()[0])

@@ -13,7 +13,6 @@ process has another than that, other ports are tried: accept then tells of a wro
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import random
 import socket
 import time
@@ -26,7 +25,7 @@ from ..kernel.sockdiag import Listener
 from . import Ground, Vessel, in_place
 from .in_place import IntoProgram, ProgramSocket, named
 from .prologue import Silence
-from .throwaway import Forged, Ordinary, ThrowAway, source_towards, undeferred
+from .throwaway import Forged, Ordinary, ThrowAway, undeferred
 
 _ACCEPT_TIMEOUT_S = 2.0
 _OTHERS_STAND_S = 0.3
@@ -109,7 +108,7 @@ class ToAccept(IntoProgram):
             return Ordinary(listener)
         if address.is_unspecified:
             address = flow.local.address if routing.is_local(flow.local.address) \
-                else ipaddress.ip_address(source_towards(flow.peer))
+                else routing.source_towards(flow.peer.address)
         forged = Flow(Endpoint(address, listener.port), Endpoint(flow.peer.address, port))
         if sockdiag.state_of(forged) is not None:
             raise Refused(f"the destination has a connection {forged} already")
@@ -254,7 +253,9 @@ def at_port(port: int, flow: Flow) -> ToAccept:
     """Into whichever process accepts at this local port. Refused where none does."""
     listeners = [one for one in sockdiag.listeners() if one.port == port]
     if not listeners:
-        raise Refused(f"nobody listens on port {port} at the destination", hint="`ss -tlnp` there shows who does")
+        raise Refused(f"nobody listens on port {port} at the destination",
+                      hint="`ss -tlnp` there shows who does; a server in a network namespace of its own is named by "
+                           "its process: --into accept:PID")
     listener = _choose(listeners, flow, f"port {port}")
     holders = _holders(listeners, listener)
     if not holders:

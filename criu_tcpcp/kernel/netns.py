@@ -14,11 +14,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from criu_tcpcp.core.errors import KernelError
 
+from . import process
+
+_OWN = "/proc/thread-self/ns/net"  # /proc/self/ns/net would be that of the first thread
 _CLONE_NEWNET = 0x40000000
 # Python has os.setns only from 3.12 on.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,8 +32,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 @contextmanager
 def enter(namespace: str | os.PathLike[str] | int) -> Iterator[None]:
     """The calling thread is in `namespace` (a path, or an open descriptor, which stays open) inside the `with`."""
-    # The thread's own file: /proc/self/ns/net would be that of the first thread.
-    back = _open("/proc/thread-self/ns/net")
+    back = _open(_OWN)
     try:
         if isinstance(namespace, int):
             _setns(namespace)
@@ -50,7 +54,7 @@ def enter(namespace: str | os.PathLike[str] | int) -> Iterator[None]:
 def private() -> Iterator[None]:
     """The calling thread is in a new, empty network namespace inside the `with`; it lasts as long as something of
     it."""
-    with enter("/proc/thread-self/ns/net"):
+    with enter(_OWN):
         if _libc.unshare(_CLONE_NEWNET) != 0:
             number = ctypes.get_errno()
             raise KernelError("unshare(CLONE_NEWNET)", number, os.strerror(number))
@@ -69,6 +73,37 @@ def private_or_own() -> Iterator[bool]:
                 raise
             is_private = False
         yield is_private
+
+
+def own() -> tuple[int, int]:
+    """The identity of the calling thread's namespace."""
+    return identity(_OWN)
+
+
+def find(wanted: tuple[int, int]) -> int | None:
+    """A descriptor of the namespace with this identity, by whatever keeps it alive and may be looked at: the calling
+    thread, another process, a mount of its file (ip-netns(8), container engines). None where nothing does."""
+    for path in _namespaces():
+        try:
+            if identity(path) != wanted:
+                continue
+            descriptor = _open(path)
+        except KernelError:  # it has gone, or is not for us
+            continue
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) == wanted:
+            return descriptor
+        os.close(descriptor)
+    return None
+
+
+def _namespaces() -> Iterator[str]:
+    yield _OWN
+    yield from map(process.network_namespace, process.processes())
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        _id, _parent, _device, root, place, *_ = line.split()  # proc_pid_mountinfo(5)
+        if root.startswith("net:["):
+            yield re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
 
 
 def identity(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from .syscalls import failing
 TABLE = 31900
 PRIORITY = 90
 _LOOPBACK_INDEX = 1
+_DISCARD = 9  # any port will do (RFC 863): nothing is sent
 _NETLINK_ROUTE, _RTM_NEWROUTE, _RTM_GETROUTE, _RTA_DST = 0, 24, 26, 1  # linux/rtnetlink.h
 _RTMSG = struct.Struct("=8BI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _RTN_LOCAL, _SCOPE_HOST, _FR_ACT_TO_TBL = 2, 254, 1  # linux/rtnetlink.h, linux/fib_rules.h
@@ -65,6 +66,14 @@ def way_to(address: IPAddress) -> Hop:
     gateway = answer.get_attr("RTA_GATEWAY")
     return Hop(ipaddress.ip_address(gateway) if gateway else None, int(answer.get_attr("RTA_OIF") or 0),
                answer["type"] == _RTN_LOCAL)
+
+
+def source_towards(address: IPAddress) -> IPAddress:
+    """The address of this host that it would speak to that one from. KernelError where it does not reach it."""
+    with failing(f"route to {address}"), socket.socket(
+            _family(address.version), socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+        probe.connect((str(address), _DISCARD))
+        return ipaddress.ip_address(probe.getsockname()[0])
 
 
 def is_local(address: IPAddress) -> bool:

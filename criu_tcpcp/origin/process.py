@@ -31,17 +31,18 @@ class OriginProcess:
     """See the module. `sock` is our copy of the program's socket, and `options` is what was set on it, once both were
     taken; `namespace` is its network's, for `netns.enter`."""
 
-    def __init__(self, connection: Connection, identity: process.Identity | None = None, *,
-                 recovered: bool = False) -> None:
+    def __init__(self, connection: Connection, identity: process.Identity | None = None,
+                 namespace: int | None = None, *, recovered: bool = False) -> None:
         self.identity = identity or process.identity(connection.pid)
         self.sock: socket.socket | None = None
         self.options: dict[str, OptionValue] = {}
         self._connection = connection
         self._recovered = recovered
-        # Of a process that has gone there is nothing to open: a recovery then works in this namespace.
         alive = process.is_alive(self.identity)
-        self.namespace = (process.open_namespace(connection.pid) if alive
-                          else os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        if namespace is None:  # where that has gone, a recovery works in this one
+            namespace = (process.open_namespace(connection.pid) if alive
+                         else os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        self.namespace = namespace
         self._pidfd = syscalls.pidfd_open(connection.pid) if alive else -1
         self._tracee: Tracee | None = None
         self._application: apps.Conversation | None = None

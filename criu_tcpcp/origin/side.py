@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .. import redirect
+from .. import namespaces, redirect
 from ..core import tls
 from ..core.endpoint import Flow, IPAddress
 from ..core.errors import ProtocolError, Refused, TcpcpError
@@ -92,11 +92,12 @@ class Options:
 
 
 class Origin:
-    """See the module. One thread uses it, in the origin process's network namespace. `identity`: of the process that
-    the journal names, in a recovery; it may have gone."""
+    """See the module. One thread uses it, in the origin process's network namespace. In a recovery, `identity`: of
+    the process that the journal names, which may have gone; `namespace`: where it was, if that is there."""
 
     def __init__(self, journal: Journal, connection: Connection, target: Target | LocalTarget,
-                 options: Options, identity: process.Identity | None = None) -> None:
+                 options: Options, identity: process.Identity | None = None,
+                 namespace: int | None = None) -> None:
         if connection.flow is None:
             raise Refused("the socket is not connected")
         self.name = "origin"
@@ -108,7 +109,7 @@ class Origin:
         self.active: Active | None = None
         self.holding: Holding | None = None
         self.touched = False
-        self.program = OriginProcess(connection, identity, recovered=identity is not None)
+        self.program = OriginProcess(connection, identity, namespace, recovered=identity is not None)
         self.there = Counterpart(target)
         self._connection = connection
         self._machine_state = OriginState.READY
@@ -130,7 +131,7 @@ class Origin:
         """Let the destination find its target and make its rules; make ours. Refused: nothing was touched."""
         hello, wire = self.there.hello, self.there.wire
         if hello is not None and hello.boot_id == syscalls.boot_id() \
-                and tuple(hello.network) == netns.identity("/proc/thread-self/ns/net"):
+                and tuple(hello.network) == netns.own():
             raise Refused("the destination is the origin host itself",
                           hint="two hosts, or two network namespaces, are needed")
         sock = self._take()
@@ -178,7 +179,8 @@ class Origin:
         self.program.ask_whether_registered()
 
     def _via(self) -> IPAddress:
-        text = self.options.via or self.there.address
+        takes_at = self.staged.takes_at if self.staged is not None else ""
+        text = self.options.via or takes_at or self.there.address
         if not text:
             raise Refused("the destination's address for packets is not known (a jump host, or no SSH)",
                           hint="name it with --via")
@@ -262,8 +264,8 @@ class Origin:
             "intent", flow=self.flow.to_json(), pid=self.program.identity.pid,
             start_time=self.program.identity.start_time,
             descriptors=list(self._connection.descriptors), cookie=self._connection.cookie,
-            inode=self._connection.inode, target=self.there.target.to_json(), host=hello.host,
-            destination_boot=hello.boot_id, plan=plan.to_json(), into=staged.into,
+            inode=self._connection.inode, network=list(netns.own()), target=self.there.target.to_json(),
+            host=hello.host, destination_boot=hello.boot_id, plan=plan.to_json(), into=staged.into,
             origin_sees=self.options.origin_sees, settle_s=self.options.settle_s,
             doubt_limit_s=self.options.doubt_limit_s)
         self.there.wire.send(Imminent(self.journal.pass_id))
@@ -469,7 +471,7 @@ class Origin:
         origin = cls(journal, connection, target_from_json(intent["target"]),
                      Options(origin_sees=intent["origin_sees"], settle_s=settle_s,
                              doubt_limit_s=intent.get("doubt_limit_s", Options.doubt_limit_s)),
-                     process.Identity(intent["pid"], intent["start_time"]))
+                     process.Identity(intent["pid"], intent["start_time"]), namespaces.find(journal))
         origin.touched = True
         origin.name = "resolve"
         origin._offered_boot = intent["destination_boot"]

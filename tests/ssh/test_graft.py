@@ -19,16 +19,11 @@ from attempt import exchange
 from criu_tcpcp.kernel import process
 from criu_tcpcp.kernel.tracee import Tracee
 from criu_tcpcp.lab import Host, Lab
-from grafting import SEEN, accepted, finish, served, server
+from grafting import CONTAINER, MODELS, SEEN, accepted, finish, served, server
 from waiting import PATIENCE_S, until
 from world import PORT, World, world
 
 pytestmark = pytest.mark.root
-
-CONTAINER = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
-MODELS = ["blocking", "threads", "handing", "accepting", "select", "poll", "epoll", "epoll-et", "asyncio", "forking",
-          "prefork", "reuseport"]
-
 
 CASES = [*((model, 4) for model in MODELS), *((model, 6) for model in MODELS)]
 SELDOM = {(model, 6) for model in MODELS} - {("threads", 6), ("epoll-et", 6), ("asyncio", 6), ("prefork", 6)}
@@ -196,7 +191,7 @@ REFUSALS = {
     "seccomp": Refused("select", [], "pid:{other}", "has a seccomp filter"),
     "computes": Refused("select", [], "pid:{other}", "was in a system call within"),
     "marked": Refused("select", [], "accept:{pid}", "takes over the mark"),
-    "elsewhere": Refused("select", [], "accept:{pid}", "is in another network namespace"),
+    "elsewhere": Refused("select", [], "accept:{pid}", "has no route to the peer"),
 }
 
 

@@ -25,6 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"apps"}),
     frozenset({"inventory", "redirect", "graft", "application", "pipeline", "policy", "rehearsal", "report", "api",
                "holding", "greeting", "imagedir", "audit"}),
+    frozenset({"namespaces"}),
     frozenset({"executor", "merging", "door"}),
     frozenset({"origin", "destination", "imagewriter"}),
     frozenset({"keeper"}),
