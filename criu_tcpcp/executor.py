@@ -2,7 +2,8 @@
 
 There is no second owner of the order: `pass`, the keeper, `resolve` and `serve` all run a machine of `core.handoff`
 through here, from whatever state the journal says. Every action is timed; an error ends the list of actions and
-becomes the event FAILED, except for those whose failure cannot change the outcome, which is noted in `left`.
+becomes the event FAILED, except for those whose failure cannot change the outcome, which is noted in `left`; some of
+these are tried once more before that.
 
 Fault injection, the only hook for tests. A point is a side and an action: "origin:fence", "destination:restore", and
 "resolve:end" or "recovery:activate" for those that continue what others began. Where CRIU_TCPCP_STOP_AT names one, the
@@ -23,7 +24,7 @@ from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
 from .core.errors import KernelError, LinkError, ProtocolError, TcpcpError
-from .core.handoff import BEST_EFFORT, Action, Event, IllegalEvent, Machine, State
+from .core.handoff import BEST_EFFORT, TRIED_TWICE, Action, Event, IllegalEvent, Machine, State
 from .core.messages import Message
 
 StateIn = TypeVar("StateIn", contravariant=True)
@@ -147,8 +148,7 @@ class Executor(Generic[State]):
             self._faults.stop(point)
             start = time.perf_counter()
             try:
-                self._faults.fail(point)
-                found = self._side.perform(action)
+                found = self._tried(action, point)
             except TcpcpError as error:
                 if action in BEST_EFFORT:
                     self.left.append(f"{action.value}: {error}")
@@ -160,6 +160,14 @@ class Executor(Generic[State]):
             if found is not None:
                 return found
         return Event.DONE
+
+    def _tried(self, action: Action, point: str) -> Event | None:
+        if action in TRIED_TWICE:
+            with contextlib.suppress(TcpcpError):
+                self._faults.fail(point)
+                return self._side.perform(action)
+        self._faults.fail(point)
+        return self._side.perform(action)
 
     def _note_failure(self, error: TcpcpError) -> None:
         """The first error is the cause; those that follow from it are notes."""

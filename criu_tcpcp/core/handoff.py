@@ -119,6 +119,10 @@ BEST_EFFORT = frozenset({
     Action.FORGET, Action.SEND_ABORT, Action.SEND_ABORTED, Action.SEND_ACTIVE, Action.SEND_LOST, Action.SEND_COMMITTED,
     Action.REDIRECT, Action.END, Action.RESUME, Action.UNDO, Action.DISCARD})
 
+#: Of these, what nobody else will do if this process does not, and what may be done again: tried once more before it is
+#: noted. Packets that are not led on, for one, leave a committed connection deaf.
+TRIED_TWICE = frozenset({Action.REDIRECT, Action.END, Action.RESUME, Action.UNDO, Action.DISCARD})
+
 
 class OriginState(enum.StrEnum):
     READY = "ready"

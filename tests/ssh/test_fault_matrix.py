@@ -18,6 +18,8 @@ pytestmark = pytest.mark.root
 SLOW = frozenset({"link stalled", "origin gone", "destination gone"})
 EACH_TIME = 2
 QUICK = [fault for fault in FAULTS if fault not in SLOW]
+#: What went wrong once, in every run.
+ONCE_WRONG = frozenset({("origin:redirect", "errno")})
 
 
 def cases() -> list[Any]:
@@ -27,7 +29,8 @@ def cases() -> list[Any]:
         chosen = {QUICK[(EACH_TIME * number + turn) % len(QUICK)] for turn in range(EACH_TIME)}
         for turn, fault in enumerate(FAULTS):
             load = list(LOADS)[(number + turn) % len(LOADS)]
-            often = fault in chosen or (fault in SLOW and number % 9 == 3 * sorted(SLOW).index(fault))
+            often = (fault in chosen or (step, fault) in ONCE_WRONG
+                     or (fault in SLOW and number % 9 == 3 * sorted(SLOW).index(fault)))
             case = Case(step, fault, load)
             found.append(pytest.param(case, id=str(case), marks=() if often else pytest.mark.long))
     return found
