@@ -249,7 +249,7 @@ def _why_kept(journal: Journal, force: bool) -> str | None:
         return "a process is working on it"
     if _in_use_by_another(journal):
         return "its connection is being passed at this moment"
-    if known.state in ("in doubt", "unconfirmed"):
+    if known.state == "in doubt" or (known.state == "unconfirmed" and not (force and _has_taken_leave(journal))):
         return f"{_UNKNOWN_END}: criu-tcpcp resolve {journal.pass_id}"
     if journal.side == journals.ORIGIN and _is_untold(journal) and not force:
         return f"the destination has not been told that it is over: criu-tcpcp resolve {journal.pass_id}"
@@ -266,6 +266,13 @@ def _why_kept(journal: Journal, force: bool) -> str | None:
             # Its process died before it could be ended in silence: without the fence it would still send its FIN.
             return f"what is left of the old endpoint is in state {state.label}; the kernel gives it up in some minutes"
     return None
+
+
+def _has_taken_leave(journal: Journal) -> bool:
+    """Of a pass that the destination has committed: nothing of the old endpoint is left that could speak. `resolve`
+    sees to that, whether the destination answers or not."""
+    intent = journal.field("intent")
+    return intent is not None and not _alive_here(Flow.from_json(intent["flow"]))
 
 
 class _Elsewhere:

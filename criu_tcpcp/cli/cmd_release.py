@@ -14,7 +14,7 @@ HELP = "drop the fences, redirects and records of finished passes"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", nargs="?", help="one pass (default: all that are finished)")
     parser.add_argument("--force", action="store_true",
-                        help="also where the origin has not confirmed the end of a pass, and may still ask about it")
+                        help="also where the other host has not confirmed the end of a pass, and may never do so")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 

@@ -19,7 +19,7 @@ SLOW = frozenset({"link stalled", "origin gone", "destination gone"})
 EACH_TIME = 2
 QUICK = [fault for fault in FAULTS if fault not in SLOW]
 #: What went wrong once, in every run.
-ONCE_WRONG = frozenset({("origin:redirect", "errno")})
+ONCE_WRONG = frozenset({("origin:redirect", "errno"), ("destination:send active", "destination gone")})
 
 
 def cases() -> list[Any]:
