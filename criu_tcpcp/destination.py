@@ -250,6 +250,8 @@ class Destination:
             raise ProtocolError(f"the state is of {state.flow}, staged was {self.flow}")
         if state.options.get("SO_MARK") == MARK:
             raise ProtocolError(f"the state has the mark {MARK:#x}, which every rule of this tool lets by")
+        if self._entry is not None:
+            self._entry.admit_options(state.options)
         self._state = state
         return state
 

@@ -1,7 +1,8 @@
 """`serve` as a guarded door: what the key that came in by SSH may do here, asked whenever it could matter.
 
     at the greeting    the key is in the policy at all
-    at Stage           some rule allows this connection, and what the way in names (`admit_way`); nothing was touched
+    at Stage           some rule allows this connection, and what the way in names (`admit_way`); its socket does not
+                       steer packets here (`admit_options`, asked again of the state); nothing was touched
     once it is found   some rule allows it into a program that could get it, and has room (`admit`)
     once it is known   the same of the program that has accepted, before anything is said to it (Ground.admit)
     before the commit  the same once more: a process may have executed another program, or changed its user
@@ -13,12 +14,14 @@ others, whichever serve began them. The other side learns that it was denied; wh
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 from . import graft, policy
 from . import journal as journals
 from .audit import Audit
 from .core.endpoint import Flow
 from .core.errors import JournalError, Refused, TcpcpError
+from .core.options import STEERING, OptionValue
 from .core.policy import DEFAULT_AUDIT, NO_PORT, Rule, Taker, check_name
 from .core.tcp import TcpState
 from .journal import Journal, structure_lock
@@ -107,6 +110,13 @@ class Entry:
         """Before anything is looked for: a key that may not pass into a process is told nothing of it."""
         graft.check_name(self._into)
         self._door.allowing(self._flow, [_named(self._into, self._flow)])
+
+    def admit_options(self, options: Mapping[str, OptionValue]) -> None:
+        """Denied where the socket would come with what is its host's to say, whatever the policy allows."""
+        found = sorted(name for name in STEERING if options.get(name))
+        if found:
+            raise Denied(f"the socket has {' and '.join(found)}, by which it would choose among this host's rules and "
+                         "routes")
 
     def admit(self, takers: list[Taker]) -> None:
         """Denied unless a rule allows one of these programs, and has room for one connection more."""

@@ -3,7 +3,9 @@
 At the origin that is the process that `--pid` names; at the destination, the one that `--into accept:PID` or `pid:PID`
 names, so that a server in a container is passed to like one beside it. Any other way in is looked for where `serve` was
 started. The journal keeps the namespace by its identity (kernel/netns.py): whoever settles the pass finds it as long as
-it lives, whatever has become of the program, and once it has gone, so have the rules in it.
+it lives, whatever has become of the program, and once it has gone, so have the rules in it. Its identity may then be
+another's (the kernel gives the lowest free number, fs/nsfs.c and fs/proc/generic.c): whoever looks there finds nothing
+of the connection, and takes nothing away.
 """
 
 from __future__ import annotations

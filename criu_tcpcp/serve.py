@@ -137,6 +137,7 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
             if door is not None:
                 entry = door.entry(journal, Flow.from_json(stage.flow), stage.into)
                 entry.admit_way()
+                entry.admit_options(read_inet_sk(stage.inet_sk))
             if images is None:
                 held.enter_context(journal.claimed(stage.flow))
                 is_apart = held.enter_context(namespaces.of_target(stage.into, guarded=door is not None))

@@ -60,10 +60,10 @@ def encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options: 
     return _encode_inet_sk(flow, tcp_state, nonblocking, tuple(options.items()), inode)
 
 
-def read_inet_sk(data: bytes) -> None:
-    """Read this part ahead of the rest. Raises ProtocolError as `decode` would."""
+def read_inet_sk(data: bytes) -> dict[str, OptionValue]:
+    """The options in this part, ahead of the rest. Raises ProtocolError as `decode` would."""
     with explained():
-        _decode_inet_sk(data, 0)
+        return dict(_decode_inet_sk(data, 0)[3])
 
 
 def decode(image: Image) -> ConnectionState:

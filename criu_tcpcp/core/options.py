@@ -113,6 +113,8 @@ TABLE: tuple[Option, ...] = (
     Option("SO_REUSEADDR", _SOCKET, 2, _RUNNING, criu="opts.reuseaddr"),
 )
 
+#: By these a socket chooses among its host's rules and routes.
+STEERING = frozenset({"SO_MARK", "SO_BINDTODEVICE"})
 #: What the peer, or the network, can tell: of a socket that its program has set up already, only these are changed.
 ON_THE_WIRE = frozenset({"TCP_CONGESTION", "IP_TOS", "IP_TTL", "IP_MTU_DISCOVER", "IPV6_UNICAST_HOPS", "IPV6_TCLASS",
                          "IPV6_MTU_DISCOVER"})

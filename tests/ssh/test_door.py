@@ -218,6 +218,30 @@ def test_addresses_that_nobody_can_pass_are_refused_whatever_the_policy_says() -
                     assert door.audited()["verdict"] == "refused"
 
 
+@pytest.mark.parametrize(("name", "value"), [("SO_MARK", 5), ("SO_BINDTODEVICE", "eth0")])
+def test_a_socket_does_not_bring_its_own_way_through_the_host(name: str, value: int | str) -> None:
+    """Neither as the origin announces it, nor where the state has it all the same."""
+    with conversation(register=False, captured=False) as (here, _peer), \
+            Door(here, changed(executables=[PYTHON])) as door:
+        assert here.flow is not None
+        honest, flow = plain(flow=here.flow), here.flow.to_json()
+        image = encode(dataclasses.replace(honest, options={**honest.options, name: value}))
+        with Voice(door, "web1") as voice:
+            told = voice.ask(messages.Stage("0" * 16, flow, "auto", "auto", image.inet_sk, 500))
+            assert isinstance(told, messages.Refused)
+            assert told.reason == DENIED
+            assert name in door.audited()["reason"]
+            staged = voice.ask(messages.Stage("1" * 16, flow, "auto", "auto", encode(honest).inet_sk, 500))
+            assert isinstance(staged, messages.Staged), staged
+            assert door.audited()["verdict"] == "accepted"
+            lie = messages.Prepare("1" * 16, staged.nonce, image.inet_sk, image.tcp_stream, image.extras, b"")
+            undone = voice.ask(lie)
+            assert isinstance(undone, messages.Aborted), undone
+            assert undone.reason.startswith(DENIED)
+            ended = door.audited()
+            assert (ended["verdict"], name in ended["reason"]) == ("undone", True), ended
+
+
 # -- no confused deputy ------------------------------------------------------------------------------------------------
 
 #: Two users accept on one port, and the kernel chooses. Each says what it reads, and back.
