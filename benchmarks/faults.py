@@ -1,6 +1,7 @@
 """Faults in passes, one or two in each, all of them judged (tests/faults.py).
 
-    ./dev bench faults [--doubles N] [--seed S] [--workers 2]     N random pairs of faults, the same for the same seed
+    ./dev bench faults [--doubles N] [--seed S] [--skip K]        N random pairs of faults, the same for the same seed,
+                                                                 behind the first K: a long run in parts
     ./dev bench faults --everything                              every step x fault x load, one fault each
     ./dev bench faults --case STEP FAULT LOAD [THEN]             one, as a violation is told
 
@@ -95,6 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev bench faults", description=__doc__.split("\n")[0])
     parser.add_argument("--doubles", type=int, default=100, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--skip", type=int, default=0, metavar="K")
     parser.add_argument("--everything", action="store_true")
     parser.add_argument("--case", nargs="+", metavar="WORD")
     parser.add_argument("--workers", type=int, default=2)
@@ -104,7 +106,7 @@ def main() -> int:
     elif arguments.everything:
         cases = list(everything())
     else:
-        cases = list(itertools.islice(doubles(arguments.seed), arguments.doubles))
+        cases = list(itertools.islice(doubles(arguments.seed), arguments.skip, arguments.skip + arguments.doubles))
     return 1 if run(cases, arguments.workers) else 0
 
 
