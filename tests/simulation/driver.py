@@ -6,10 +6,11 @@ the same side and compares what they ask of it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 from typing import Any, Protocol
 
-from criu_tcpcp.core.handoff import BEST_EFFORT, Action, Event, IllegalEvent, Machine
+from criu_tcpcp.core.handoff import BEST_EFFORT, TRIED_TWICE, Action, Event, IllegalEvent, Machine
 
 from .world import ActionFailed, Wait
 
@@ -55,11 +56,8 @@ def drive(machine: Machine[Any], side: Side, final: frozenset[Any], event: Event
         if actions:
             event = Event.DONE
             for action in actions:
-                found = None
                 try:
-                    for part in range(side.parts(action)):
-                        yield action
-                        found = side.perform(action, part)
+                    found = yield from _tried(side, action)
                 except GaveUp:
                     return machine.state
                 except ActionFailed:
@@ -74,3 +72,19 @@ def drive(machine: Machine[Any], side: Side, final: frozenset[Any], event: Event
             return machine.state
         else:
             event = None
+
+
+def _tried(side: Side, action: Action) -> Generator[Action | Wait, None, Event | None]:
+    """Executor._tried."""
+    if action in TRIED_TWICE:
+        with contextlib.suppress(ActionFailed):
+            return (yield from _performed(side, action))
+    return (yield from _performed(side, action))
+
+
+def _performed(side: Side, action: Action) -> Generator[Action | Wait, None, Event | None]:
+    found = None
+    for part in range(side.parts(action)):
+        yield action
+        found = side.perform(action, part)
+    return found
