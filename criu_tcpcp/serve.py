@@ -139,8 +139,8 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
                 entry.admit_way()
                 entry.admit_options(read_inet_sk(stage.inet_sk))
             if images is None:
-                held.enter_context(journal.claimed(stage.flow))
                 is_apart = held.enter_context(namespaces.of_target(stage.into, guarded=door is not None))
+                held.enter_context(journal.claimed(stage.flow))
                 side = Destination.staged(stage, wire, entry, is_apart=is_apart)
             else:
                 journal.create()
