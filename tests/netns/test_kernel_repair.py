@@ -30,7 +30,7 @@ from waiting import until
 pytestmark = pytest.mark.root
 
 FAMILIES = ["v4", "v6", "mapped"]
-RST, SYN = 4, 2
+RST, SYN, FIN = 4, 2, 1
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +125,12 @@ class Tap:
                 stamps = struct.unpack_from(">II", options, 4) if options[:4] == b"\1\1\10\12" else None
                 found.append(Seen(flags, sequence, window, len(data) - head - (offset >> 4) * 4, stamps))
         return found
+
+    def take_but_repeats(self, sent: list[Seen]) -> list[Seen]:
+        """As `take`, without the data that lies in one of `sent`: while nothing is acknowledged, the kernel's own timer
+        sends the end of a burst again after little more than a jiffy (RFC 8985 7.3), and the peer knows those bytes."""
+        return [one for one in self.take() if not one.payload or one.flags & (RST | FIN) or not any(
+            0 <= tcp.distance(one.sequence, before.sequence) <= before.payload - one.payload for before in sent)]
 
     def first_within(self, timeout_s: float) -> Seen | None:
         """What leaves first, if anything does in that time."""
@@ -282,10 +288,10 @@ def test_the_peer_cannot_tell(family: str, closing: bool, queues: str, stamps: b
         assert state.received == unread
         assert state.outgoing == (expected[-300:] if queues == "partly acknowledged" else expected)
         assert (state.unsent > 0) == (queues == "unsent")
-        tap.take()
+        sent = tap.take()
         repair.end_silently(moving)
         moving.close()
-        assert tap.take() == []
+        assert tap.take_but_repeats(sent) == []
         fresh, restorer = restore(state, injector)
         restorer.run(alive_steps(state))
         assert not repair.is_in_repair(fresh)
@@ -630,11 +636,12 @@ def test_an_endpoint_ends_without_a_packet(family: str, way: str, full: bool) ->
     moving, peer = pair(family)
     flow = tcpinfo.flow_of(moving)
     tap = Tap(flow)
+    sent = []
     with deaf(flow):
         if full:
             moving.sendall(b"x" * 5000)
             until(lambda: select.select([peer], [], [], 0)[0], "they leave")
-            tap.take()
+            sent = tap.take()
         ours = moving.dup()  # the tool's copy of the program's socket
         (repair.end_silently if way == "silently" else repair.end_as_eof)(ours)
         ours.close()
@@ -649,7 +656,7 @@ def test_an_endpoint_ends_without_a_packet(family: str, way: str, full: bool) ->
             with pytest.raises((BrokenPipeError, OSError)):
                 moving.send(b"x", socket.MSG_NOSIGNAL)
         moving.close()
-        assert tap.take() == []
+        assert tap.take_but_repeats(sent) == []
         if full:
             assert receive(peer, 5000) == b"x" * 5000
         peer.setblocking(False)

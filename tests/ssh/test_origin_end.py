@@ -131,7 +131,9 @@ class Ended:
         """It says nothing of a connection that waits for its next request."""
         program = self.start(programs.haproxy(self.directory, "haproxy", self.port + 1), listens="haproxy")
         self.is_closed_by(program, "haproxy")
-        assert len((self.directory / "haproxy" / "log").read_text().splitlines()) == 2, "two requests"
+        log = self.directory / "haproxy" / "log"
+        until(lambda: len(log.read_text().splitlines()) >= 2, "both requests in its log, written behind the answers")
+        assert len(log.read_text().splitlines()) == 2
         return "closes it"
 
     def go(self) -> str:
