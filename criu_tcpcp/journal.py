@@ -38,6 +38,7 @@ ORIGIN: Side = "origin"
 DESTINATION: Side = "destination"
 
 TOLD = "told"  # record of an origin, beside the stages: the destination knows that it will not be asked again
+ANNOUNCED = "announced"  # record of an origin, beside the stages: the network was told that the pass begins
 LOST_MARK = "lost"  # of the destination: what lived there has ended there
 #: The last record of an origin's journal while the pass's end is not known.
 UNSETTLED = ("offered", "let go", "committed")
@@ -224,7 +225,8 @@ class Journal:
 
     def last(self) -> str:
         """The name of the last record that tells the pass's stage, or ''."""
-        return next((one["record"] for one in reversed(self.records()) if one["record"] not in ("note", TOLD)), "")
+        beside = ("note", TOLD, ANNOUNCED)
+        return next((one["record"] for one in reversed(self.records()) if one["record"] not in beside), "")
 
     def field(self, record: str) -> Record | None:
         """The newest record of this name."""

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from . import graft, inventory, journal, keeper, settle
+from . import graft, inventory, journal, keeper, redirect, settle
 from .core.criu import messages as load_criu_messages
 from .core.errors import ExitCode, Owner, Refused, TcpcpError, UsageError
 from .core.messages import MAX_PROLOGUE
@@ -48,6 +48,7 @@ def check_options(options: dict[str, Any]) -> Options:
     except TypeError as error:
         raise UsageError(str(error)) from None
     graft.check_name(wanted.into)
+    redirect.check_name(wanted.redirect)
     if wanted.prologue is not None:
         if len(wanted.prologue) > MAX_PROLOGUE:
             raise UsageError(f"the prologue has {len(wanted.prologue)} bytes: at most {MAX_PROLOGUE} can be said")
@@ -70,6 +71,7 @@ def preview(connection: Connection, target: Target | LocalTarget, options: dict[
         origin.there.connect()
         with netns.enter(origin.program.namespace):
             origin.stage()
+            origin.unstage()
         plan, staged, hello = origin.plan, origin.staged, origin.there.hello
         return {"destination": f"{hello.host} (criu-tcpcp {hello.version})" if hello else "",
                 "into": staged.into if staged else "",
@@ -160,6 +162,8 @@ def _after_keeper(record: Journal, connection: Connection, progress: Progress | 
     if record.last() in ("done", "lost"):
         return settle.settled_report(record)
     if record.exists():
+        with contextlib.suppress(TcpcpError):
+            settle.tell_network(record)
         record.remove()
     settle.sweep_host()
     return Report(id=record.pass_id, owner=Owner.ORIGIN, exit=ExitCode.ROLLED_BACK, connection=str(connection.flow),

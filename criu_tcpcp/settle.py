@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import graft, namespaces
+from . import graft, namespaces, redirect
 from . import journal as journals
 from .core import handoff
 from .core.endpoint import Flow
@@ -235,6 +235,8 @@ def release(pass_id: str | None = None, *, force: bool = False) -> Released:
             if why is None and pass_id is None:
                 why = elsewhere.why_kept(journal)
             if why is None:
+                why = _untold_network(journal, force)
+            if why is None:
                 _remove(journal)
                 done.append(f"{journal.pass_id} ({journal.side})")
             else:
@@ -265,6 +267,29 @@ def _why_kept(journal: Journal, force: bool) -> str | None:
         if state is not None and state not in PASSABLE_STATES and state is not TcpState.TIME_WAIT:
             # Its process died before it could be ended in silence: without the fence it would still send its FIN.
             return f"what is left of the old endpoint is in state {state.label}; the kernel gives it up in some minutes"
+    return None
+
+
+def tell_network(journal: Journal) -> None:
+    """What the origin's redirect announced is not needed any more: the pass was undone, or its connection has ended.
+    Refused where it says no."""
+    announced = journal.field(journals.ANNOUNCED)
+    if announced is None:
+        return
+    way = redirect.origin_half(redirect.Plan.from_json(announced["plan"]),
+                               redirect.Setting(journal.pass_id, announced["host"]))
+    flow = Flow.from_json(announced["flow"])
+    if journal.last() in ("committed", "done", "lost"):
+        way.forget(flow)
+    else:
+        way.withdraw(flow)
+
+
+def _untold_network(journal: Journal, force: bool) -> str | None:
+    try:
+        tell_network(journal)
+    except TcpcpError as error:
+        return None if force else f"{error.message}; criu-tcpcp release {journal.pass_id} --force does without it"
     return None
 
 

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--into", default="auto", metavar="WAY",
                         help="who takes the connection there: auto, receiver[:PATH], accept:PID, listen:PORT or "
                              "pid:PID[:FD] (default: %(default)s)")
-    parser.add_argument("--redirect", default="auto", choices=["auto", "none", "forward"],
-                        help="how later packets get there (default: %(default)s)")
+    parser.add_argument("--redirect", default="auto", metavar="WAY",
+                        help="how later packets get there: auto, none, forward or hook:CMD (default: %(default)s)")
     parser.add_argument("--via", metavar="ADDRESS", help="the destination's address for packets (default: as SSH)")
     add_freeze_arguments(parser)
     parser.add_argument("--doubt-limit", type=float, default=5, metavar="S",

@@ -85,6 +85,7 @@ class Action(enum.StrEnum):
     END = "end"
     RESUME = "resume"
     FORGET = "forget"
+    REROUTE = "reroute"
     WRITE_DONE = "write done"
     WRITE_ABORTED = "write aborted"
     WRITE_LOST = "write lost"
@@ -117,7 +118,7 @@ class Action(enum.StrEnum):
 BEST_EFFORT = frozenset({
     Action.WRITE_COMMITTED, Action.WRITE_ABORTED, Action.WRITE_ACTIVE,
     Action.FORGET, Action.SEND_ABORT, Action.SEND_ABORTED, Action.SEND_ACTIVE, Action.SEND_LOST, Action.SEND_COMMITTED,
-    Action.REDIRECT, Action.END, Action.RESUME, Action.UNDO, Action.DISCARD})
+    Action.REDIRECT, Action.REROUTE, Action.END, Action.RESUME, Action.UNDO, Action.DISCARD})
 
 #: Of these, what nobody else will do if this process does not, and what may be done again: tried once more before it is
 #: noted. Packets that are not led on, for one, leave a committed connection deaf.
@@ -176,7 +177,9 @@ def _origin_table() -> _OriginTable:
     ask = (_A.RECONNECT, _A.SEND_QUERY)
     take_leave = (_A.WRITE_COMMITTED, _A.REDIRECT, _A.END, _A.RESUME)
     let_go = (_A.END, _A.RESUME)
-    done = (_A.WRITE_DONE, _A.FORGET)
+    # What takes the network time has it now, when the peer is served; before the end is written, so that `resolve` does
+    # it where the keeper could not.
+    done = (_A.REROUTE, _A.WRITE_DONE, _A.FORGET)
     lost = Transition(_O.LOST, (_A.WRITE_LOST, _A.FORGET))
     table: _OriginTable = {
         (_O.READY, _E.START): Transition(_O.PREPARING, (_A.WRITE_INTENT, _A.QUIESCE, _A.STOP, _A.HOLD, _A.PROBE,

@@ -75,6 +75,11 @@ def private_or_own() -> Iterator[bool]:
         yield is_private
 
 
+def open_own() -> int:
+    """A descriptor of the calling thread's namespace, to come back to it by `enter`."""
+    return _open(_OWN)
+
+
 def own() -> tuple[int, int]:
     """The identity of the calling thread's namespace."""
     return identity(_OWN)

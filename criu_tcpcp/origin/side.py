@@ -52,7 +52,7 @@ from ..core.messages import Refused as RefusedMessage
 from ..executor import GaveUp, event_of
 from ..holding import Holding
 from ..inventory import Connection
-from ..journal import TOLD, Journal
+from ..journal import ANNOUNCED, TOLD, Journal
 from ..kernel import netns, process, syscalls, tcpinfo
 from ..kernel.rules import HostRules
 from ..redirect.forward import DivertAtDestination
@@ -116,6 +116,7 @@ class Origin:
         self._control: socket.socket | None = None
         self._rules: HostRules | None = None
         self._redirect: redirect.OriginRedirect | None = None
+        self._home = netns.open_own()  # where the command was started
         self._extraction: Extraction | None = None
         self._app_state = options.app_state
         self._extracted_at_ms = 0
@@ -137,7 +138,8 @@ class Origin:
         sock = self._take()
         entry = encode_inet_sk(self.flow, self._connection.state, not os.get_blocking(sock.fileno()),
                                self.program.options, self._connection.inode)
-        wire.send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into, self.options.redirect, entry,
+        wire.send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
+                        self.options.redirect.partition(":")[0], entry,
                         self.options.max_stall_ms, self.options.prologue is not None, self.options.prologue or b"",
                         self.options.idle_ms or 0))
         self._stage_here()  # while the destination does the same
@@ -149,8 +151,27 @@ class Origin:
         self.staged = answer
         self._refuse_tls(tcpinfo.first_unread(sock, _PEEK))
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
-        self._redirect = redirect.origin_half(self.plan)
+        self._redirect = redirect.origin_half(self.plan, self._setting())
         self._redirect.stage(self._need(self._rules), self.flow)
+        self._announce()
+
+    def _setting(self) -> redirect.Setting:
+        return redirect.Setting(self.journal.pass_id, self.there.hello.host if self.there.hello is not None else "")
+
+    def _announce(self) -> None:
+        """Written first, where the pass has a journal: whoever is killed behind it leaves it to another to withdraw."""
+        plan, way = self._need(self.plan), self._need(self._redirect)
+        if plan.command and self.journal.exists():
+            self.journal.write(ANNOUNCED, plan=plan.to_json(), flow=self.flow.to_json(),
+                               host=self._setting().destination)
+        with netns.enter(self._home):
+            way.announce(self.flow)
+
+    def unstage(self) -> None:
+        """Of a pass that is not to be run: tell the network so, too."""
+        if self._redirect is not None:
+            with netns.enter(self._home):
+                self._redirect.withdraw(self.flow)
 
     def _take(self) -> socket.socket:
         sock = self.program.take()
@@ -366,6 +387,10 @@ class Origin:
             self.there.tell_settled(self.journal.pass_id, _ANSWER_TIMEOUT_S)  # else the operator decided without it
             self.journal.write(TOLD)
 
+    def _reroute(self) -> None:
+        with netns.enter(self._home):
+            self._need(self._redirect).reroute(self.flow)
+
     def _write_done(self) -> None:
         self.journal.write("done")
 
@@ -378,7 +403,7 @@ class Origin:
         """The connection is the origin process's again, as it was. Each step is tried whatever became of the others."""
         problems: list[TcpcpError] = []
         for step in (self._unfence, self._undo_redirect, self.program.resume, lambda: self._release(onward=True),
-                     lambda: self.program.tell("resumed")):
+                     lambda: self.program.tell("resumed"), self.unstage):
             try:
                 step()
             except TcpcpError as error:
@@ -453,6 +478,7 @@ class Origin:
             if self._machine_state in (OriginState.READY, OriginState.ROLLED_BACK):
                 self._rules.sweep()
             self._rules.close()
+        os.close(self._home)
 
     @staticmethod
     def _need(part: Any) -> Any:
@@ -478,7 +504,7 @@ class Origin:
         origin._extracted_at_ms = offered["extracted_at_ms"]
         origin._offered_at_ms = offered.get("offered_at_ms", offered["extracted_at_ms"])
         origin.plan = redirect.Plan.from_json(intent["plan"])
-        origin._redirect = redirect.origin_half(origin.plan)
+        origin._redirect = redirect.origin_half(origin.plan, redirect.Setting(journal.pass_id, intent["host"]))
         with netns.enter(origin.program.namespace):
             origin._rules = HostRules(origin.flow.ip_version)
         origin.program.take_what_is_left()
@@ -490,7 +516,8 @@ class Origin:
         Action.SEND_PREPARE: _send_prepare, Action.SAVE_STATE: _save_state, Action.PIN: _pin,
         Action.SILENCE: _silence, Action.FENCE: _fence, Action.VERIFY: _verify, Action.WRITE_OFFERED: _write_offered,
         Action.SEND_COMMIT: _send_commit, Action.WRITE_COMMITTED: _write_committed, Action.REDIRECT: _redirect_packets,
-        Action.END: _end, Action.RESUME: _resume, Action.FORGET: _forget, Action.WRITE_DONE: _write_done,
+        Action.END: _end, Action.RESUME: _resume, Action.FORGET: _forget, Action.REROUTE: _reroute,
+        Action.WRITE_DONE: _write_done,
         Action.WRITE_ABORTED: _write_aborted, Action.WRITE_LOST: _write_lost, Action.WRITE_LET_GO: _write_let_go,
         Action.UNDO: _undo,
         Action.SEND_ABORT: _send_abort, Action.RECONNECT: _reconnect, Action.SEND_QUERY: _send_query,

@@ -1,58 +1,105 @@
 """How later packets of a passed connection reach the destination: one file a strategy, one interface.
 
 A strategy has a half at each host. At both, `stage` does everything slow and refuses what cannot work, before anything
-is stopped; `commit` is one cheap step within the freeze; `undo` takes back what stage (and commit) did. The origin's
-half says in `held_packets_follow` whether what was held can be released to the new owner.
+is stopped; `commit` is one cheap step within the freeze; `undo` takes back, as quickly, what both did. The half at the
+origin says in `held_packets_follow` whether what was held can be released to the new owner, and has steps that may take
+their time, for a network that is told of the pass: `announce`, `reroute`, `withdraw`, `forget`.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..core.endpoint import Flow, IPAddress
-from ..core.errors import ProtocolError, Refused
+from ..core.errors import ProtocolError, Refused, UsageError
 from ..kernel import routing
 from ..kernel.rules import HostRules
+
+_HOOK = "hook:"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the journal remembers, so that a pass in doubt can be settled: strategy, why it was chosen, next hop."""
+    """What the journal remembers, so that a pass in doubt can be settled. `reason`: why the strategy was chosen; `via`:
+    the destination's address for packets; `nexthop`: that address where it is on a link of this host; `command`: of a
+    hook, its words."""
 
     strategy: str
     reason: str
     nexthop: IPAddress | None
     interface: int
+    via: str = ""
+    command: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"strategy": self.strategy, "reason": self.reason, "interface": self.interface,
-                "nexthop": str(self.nexthop) if self.nexthop else None}
+                "nexthop": str(self.nexthop) if self.nexthop else None, "via": self.via, "command": list(self.command)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
         try:
             nexthop = ipaddress.ip_address(value["nexthop"]) if value["nexthop"] else None
-            return cls(str(value["strategy"]), str(value["reason"]), nexthop, int(value["interface"]))
+            return cls(str(value["strategy"]), str(value["reason"]), nexthop, int(value["interface"]),
+                       str(value["via"]), tuple(map(str, value["command"])))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a redirect plan: {error}") from None
 
 
-class OriginRedirect(Protocol):
-    """The origin's half. All calls are made in the origin process's network namespace."""
+@dataclass(frozen=True)
+class Setting:
+    """Of which pass a plan is: its id, and the destination host's own name."""
+
+    pass_id: str
+    destination: str
+
+
+class OriginRedirect:
+    """The origin's half. `stage`, `commit` and `undo` are called in the origin process's network namespace; the others,
+    which most strategies do not need, in that of the command, whenever nothing waits for them."""
 
     held_packets_follow: bool
 
-    def stage(self, rules: HostRules, flow: Flow) -> None: ...
-    def commit(self, rules: HostRules, flow: Flow) -> None: ...
-    def undo(self, rules: HostRules, flow: Flow) -> None: ...
+    def stage(self, rules: HostRules, flow: Flow) -> None:
+        raise NotImplementedError
+
+    def commit(self, rules: HostRules, flow: Flow) -> None:
+        raise NotImplementedError
+
+    def undo(self, rules: HostRules, flow: Flow) -> None:
+        raise NotImplementedError
+
+    def announce(self, flow: Flow) -> None:
+        """A pass is about to begin. Refused: nothing was touched."""
+
+    def reroute(self, flow: Flow) -> None:
+        """The destination serves the peer: what has time has it now."""
+
+    def withdraw(self, flow: Flow) -> None:
+        """The pass that was announced has been undone."""
+
+    def forget(self, flow: Flow) -> None:
+        """The connection has ended, and its rules were released."""
+
+
+def check_name(wanted: str) -> None:
+    """UsageError for what is no `--redirect` of any pass."""
+    if wanted not in ("auto", "none", "forward") and not wanted.startswith(_HOOK):
+        raise UsageError(f"--redirect {wanted[:80]!r} is not known", hint="one of auto, none, forward, hook:CMD")
 
 
 def choose(wanted: str, flow: Flow, via: IPAddress, address_is_local: bool) -> Plan:
-    """`auto`: none where the destination has the address already, else forward to a next hop on the same link. Refused
-    says what stands in the way; nothing is touched. `via`: the address at which the destination takes the packets."""
+    """`auto`: none where the destination has the address already, else forward to a next hop on the same link; a hook
+    is bridged by the one or the other. Refused says what stands in the way; nothing is touched. `via`: the address at
+    which the destination takes the packets."""
+    from . import hook
+    check_name(wanted)
+    if wanted.startswith(_HOOK):
+        words = hook.words_of(wanted.removeprefix(_HOOK))
+        bridge = choose("none" if address_is_local else "forward", flow, via, address_is_local)
+        return replace(bridge, strategy="hook", reason=f"{words[0]}, bridged by {bridge.strategy}", command=words)
     hop = routing.way_to(via) if via.version == flow.ip_version else None
     on_link = hop is not None and hop.gateway is None and not hop.local
     nexthop, interface = (via, hop.interface) if hop is not None and on_link else (None, 0)
@@ -66,7 +113,7 @@ def choose(wanted: str, flow: Flow, via: IPAddress, address_is_local: bool) -> P
         if not address_is_local:
             raise Refused(f"--redirect none: {flow.local.address} is not an address of the destination",
                           hint="leave --redirect away, or give the destination that address first")
-        return Plan("none", why, nexthop, interface)
+        return Plan("none", why, nexthop, interface, str(via))
     if hop is None:
         raise Refused(f"the connection is IPv{flow.ip_version}, but the destination was reached at {via}",
                       hint="name its other address with --via")
@@ -74,14 +121,16 @@ def choose(wanted: str, flow: Flow, via: IPAddress, address_is_local: bool) -> P
         via_text = "this host itself" if hop.local else f"behind the gateway {hop.gateway}"
         raise Refused(f"--redirect forward needs the destination on the same link, and {via} is {via_text}",
                       hint="name an address on a common link with --via")
-    return Plan("forward", why, nexthop, interface)
+    return Plan("forward", why, nexthop, interface, str(via))
 
 
-def origin_half(plan: Plan) -> OriginRedirect:
+def origin_half(plan: Plan, setting: Setting) -> OriginRedirect:
     """The strategy of a plan."""
     from .forward import ForwardAtOrigin
+    from .hook import HookAtOrigin
     from .none import NoneAtOrigin
-    halves: dict[str, Callable[[Plan], OriginRedirect]] = {"none": NoneAtOrigin, "forward": ForwardAtOrigin}
+    halves: dict[str, Callable[[Plan, Setting], OriginRedirect]] = {
+        "none": NoneAtOrigin, "forward": ForwardAtOrigin, "hook": HookAtOrigin}
     if plan.strategy not in halves:
-        raise Refused(f"--redirect {plan.strategy} is not known", hint=f"one of auto, {', '.join(halves)}")
-    return halves[plan.strategy](plan)
+        raise ProtocolError(f"a plan to {plan.strategy!r}, which is no strategy")
+    return halves[plan.strategy](plan, setting)

@@ -16,15 +16,15 @@ from ..core.errors import Refused
 from ..journal import structure_lock
 from ..kernel import routing
 from ..kernel.rules import HostRules
-from . import Plan
+from . import OriginRedirect, Plan, Setting
 
 
-class ForwardAtOrigin:
+class ForwardAtOrigin(OriginRedirect):
     """One element in the set of the next hop; later packets, and those that were held, go there."""
 
     held_packets_follow = True
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, _setting: Setting) -> None:
         if plan.nexthop is None:
             raise Refused("--redirect forward needs a next hop")
         self._nexthop, self._interface = plan.nexthop, plan.interface

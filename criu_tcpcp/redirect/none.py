@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from ..core.endpoint import Flow
 from ..kernel.rules import HostRules
-from . import Plan
+from . import OriginRedirect, Plan, Setting
 from .forward import ForwardAtOrigin
 
 
-class NoneAtOrigin:
+class NoneAtOrigin(OriginRedirect):
     """With a next hop, late packets go there as in `forward`; without one the fence drops them."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._forward = ForwardAtOrigin(plan) if plan.nexthop is not None else None
+    def __init__(self, plan: Plan, setting: Setting) -> None:
+        self._forward = ForwardAtOrigin(plan, setting) if plan.nexthop is not None else None
         self.held_packets_follow = self._forward is not None
 
     def stage(self, rules: HostRules, flow: Flow) -> None:

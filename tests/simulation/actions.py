@@ -302,6 +302,7 @@ class OriginSide(_Side):
         Action.WRITE_OFFERED: (_write_offered,), Action.WRITE_LET_GO: (_write_let_go,), Action.FENCE: (_fence,),
         Action.PIN: (_pin,), Action.SEND_COMMIT: (_send_commit,), Action.WRITE_COMMITTED: (_write_committed,),
         Action.REDIRECT: (_redirect,), Action.END: (_end,), Action.RESUME: (_resume,),
+        Action.REROUTE: (),  # only the network hears of it
         Action.FORGET: (_forget_state, _tell_settled), Action.WRITE_DONE: (_write_done,),
         Action.WRITE_LOST: (_write_lost,), Action.UNDO: (_take_back, _undo_redirect, _resume, _release),
         Action.WRITE_ABORTED: (_write_aborted,), Action.SEND_ABORT: (_send_abort,), Action.RECONNECT: (_reconnect,),

@@ -379,8 +379,9 @@ _LOST_AFTER_COMMIT = {"the destination rebooted after the commit", "the destinat
 _HOW_MANY = (0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 6)
 _LETTING_GO = (Action.WRITE_LET_GO, Action.END)
 _SAID_BY_ORIGIN = frozenset({Event.PREPARE, Event.COMMIT, Event.ABORT, Event.QUERY, Event.ACTIVATE, "Settled"})
-_ACTIONS: list[tuple[str, Action]] = [*(("origin", action) for action in OriginSide.effects),
-                                      *(("destination", action) for action in DestinationSide.effects)]
+_ACTIONS: list[tuple[str, Action]] = [(side, action) for side, effects in (("origin", OriginSide.effects),
+                                                                             ("destination", DestinationSide.effects))
+                                      for action, parts in effects.items() if parts]
 _EFFECTS: dict[str, Callable[[Scenario, Process | None], None]] = {
     "crash": Scenario._crash,
     "crash of the other side": Scenario._crash_other,

@@ -55,7 +55,7 @@ def test_bash_completes_commands_options_and_choices() -> None:
     assert completed(script, "") >= set(main.COMMANDS)
     for command in main.COMMANDS:
         assert completed(script, command, "-") >= {option for name, option in options() if name == command}
-    assert completed(script, "pass", "--redirect", "") >= {"auto", "none", "forward"}
+    assert completed(script, "pass", "--origin-sees", "") >= {"reset", "eof"}
     assert completed(script, "serve", "--im") == {""}
 
 

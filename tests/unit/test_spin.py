@@ -16,7 +16,7 @@ from wrong_protocols import WRONG
 
 MODEL = Path(__file__).parents[1] / "spin" / "handoff.pml"
 #: What actions do that are not in the model; it has no use for these.
-NOT_MODELLED = {Action.WRITE_INTENT, Action.QUIESCE, Action.HOLD, Action.PROBE, Action.REDIRECT,
+NOT_MODELLED = {Action.WRITE_INTENT, Action.QUIESCE, Action.HOLD, Action.PROBE, Action.REDIRECT, Action.REROUTE,
                 Action.WRITE_PREPARED, Action.RECONNECT}
 
 
