@@ -35,6 +35,7 @@ from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
 from .merging import Merging
+from .redirect import tunnelled
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
 from .transport.wire import Wire
@@ -192,8 +193,12 @@ class Destination:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             message = self._wire.receive(timeout_s)
-            while isinstance(message, messages.Imminent) and self._machine_state is DestinationState.READY:
-                self._warm_up()
+            while isinstance(message, (messages.Imminent, messages.Dig)) \
+                    and self._machine_state is DestinationState.READY:
+                if isinstance(message, messages.Dig):
+                    self._dig(message)
+                else:
+                    self._warm_up()
                 message = self._wire.receive(None if deadline is None else max(0, deadline - time.monotonic()))
         except LinkTimeout:
             return Event.TIMEOUT
@@ -205,6 +210,17 @@ class Destination:
         if self._rehearsed is not None:
             warm_up(self._rehearsed)
             self._rehearsed = None
+
+    def _dig(self, message: messages.Dig) -> None:
+        """The origin undoes the pass where that is refused."""
+        try:
+            if self._entry is not None:
+                raise Refused("this door takes packets by a common link only, and by no tunnel")
+            tunnelled.dig(tunnelled.between(message.here, message.there), self.journal, self.flow)
+        except TcpcpError as error:
+            self._wire.send(messages.Refused(message.pass_id, error.message, error.hint))
+        else:
+            self._wire.send(messages.Dug(message.pass_id))
 
     def received(self, message: Message) -> Event:
         event = event_of(message, self.journal.pass_id)
@@ -371,9 +387,11 @@ class Destination:
                 rules.unfence(self.flow)
             if self._divert is not None:
                 self._divert.undo(rules, self.flow)
+            rules.keep_in(self.flow)
             rules.sweep()
         if self.journal.verdict() != "committed":
             self.journal.remove()
+        tunnelled.sweep()
 
     def _send_aborted(self) -> None:
         self._wire.send(messages.Aborted(self.journal.pass_id, self._reason or "it was undone"))

@@ -39,6 +39,7 @@ DESTINATION: Side = "destination"
 
 TOLD = "told"  # record of an origin, beside the stages: the destination knows that it will not be asked again
 ANNOUNCED = "announced"  # record of an origin, beside the stages: the network was told that the pass begins
+TUNNEL = "tunnel"  # record of either side, beside the stages: the pass's packets take this one
 LOST_MARK = "lost"  # of the destination: what lived there has ended there
 #: The last record of an origin's journal while the pass's end is not known.
 UNSETTLED = ("offered", "let go", "committed")
@@ -150,7 +151,8 @@ def _is_identity(value: Any) -> bool:
 
 #: What holds for the fields that others rely upon, whatever the record.
 _FORMS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("record", "boot", "host", "destination_boot", "into", "way", "origin_sees", "key", "rule"),
+    **dict.fromkeys(("record", "boot", "host", "destination_boot", "into", "way", "origin_sees", "key", "rule",
+                     "tunnel"),
                     _is(str)),
     **dict.fromkeys(("pid", "start_time", "cookie", "inode", "extracted_at_ms", "offered_at_ms", "sequence",
                      "descriptor"), _is(int)),
@@ -225,7 +227,7 @@ class Journal:
 
     def last(self) -> str:
         """The name of the last record that tells the pass's stage, or ''."""
-        beside = ("note", TOLD, ANNOUNCED)
+        beside = ("note", TOLD, ANNOUNCED, TUNNEL)
         return next((one["record"] for one in reversed(self.records()) if one["record"] not in beside), "")
 
     def field(self, record: str) -> Record | None:

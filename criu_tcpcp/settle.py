@@ -30,6 +30,7 @@ from .keeper import finish_journal, make_report
 from .kernel import netns, process, routing, sockdiag, syscalls
 from .kernel.rules import HostRules, host_rules
 from .origin import STATE_FILE, Origin
+from .redirect import tunnelled
 from .redirect.forward import DivertAtDestination
 from .report import Report
 from .transport.link import open_link
@@ -366,10 +367,13 @@ def _remove(journal: Journal) -> None:
                 rules.stay(flow)
                 rules.unfence(flow)
                 DivertAtDestination().undo(rules, flow)
+                rules.keep_in(flow)
             graft.forget(journal, rules)
             rules.sweep()
     take_away_remnant(journal)
-    journal.remove()
+    with namespaces.of_side(journal):
+        journal.remove()
+        tunnelled.sweep()
 
 
 def _came_back(journal: Journal) -> bool:
@@ -414,6 +418,8 @@ def sweep_host() -> None:
     for version in IP_VERSIONS:
         with contextlib.suppress(KernelError), host_rules(version) as rules:
             _sweep(rules, version)
+    with contextlib.suppress(TcpcpError):
+        tunnelled.sweep()
 
 
 def _undo_staged(journal: Journal) -> None:
@@ -428,9 +434,12 @@ def _undo_staged(journal: Journal) -> None:
             if not staged.get("keeps_fence") and not rules.is_moved(flow):
                 rules.unfence(flow)
             DivertAtDestination().undo(rules, flow)
+            rules.keep_in(flow)
             rules.sweep()
     take_away_remnant(journal)
-    journal.remove()
+    with namespaces.of_side(journal):
+        journal.remove()
+        tunnelled.sweep()
 
 
 def _sweep(rules: HostRules, version: int) -> None:

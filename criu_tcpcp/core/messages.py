@@ -9,6 +9,7 @@ The conversation, origin (O) and destination (D):
 
     O->D  Hello      D->O  Hello                         versions; both are named when they differ
     O->D  Stage      D->O  Staged | Refused              everything slow, nothing stopped yet
+    O->D  Dig                       D->O  Dug | Refused          a tunnel for the packets, where one is needed
     O->D  Imminent, then Prepare    D->O  Prepared | Aborted     the state; a dormant connection
     O->D  Commit     D->O  Committed, then Active        the commit point lies between Commit and Committed
     O->D  Abort      D->O  Aborted
@@ -31,7 +32,7 @@ from typing import Any, ClassVar
 from .errors import ProtocolError
 from .state import MAX_CARRIED
 
-PROTOCOL = 5  # one more for every message, field or meaning that is new
+PROTOCOL = 6  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
@@ -223,6 +224,24 @@ class Imminent(Message):
 
 
 @dataclass(frozen=True)
+class Dig(Message):
+    """Make your end of a tunnel, from `here`, your address, to `there`, mine: the packets of this pass come by it."""
+
+    kind = 21
+    pass_id: str
+    here: str
+    there: str
+
+
+@dataclass(frozen=True)
+class Dug(Message):
+    """It is made, and the connection's packets are let out of it."""
+
+    kind = 22
+    pass_id: str
+
+
+@dataclass(frozen=True)
 class Try(Message):
     """Try what a pass needs, at the other host. `feature`: only this one, or '' for all."""
 
@@ -241,7 +260,7 @@ class Tried(Message):
 _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
-                    Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent)}
+                    Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent, Dig, Dug)}
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

@@ -32,7 +32,7 @@ _SET_TIMEOUT, _SET_EVAL, _SET_CONCAT = 0x10, 0x20, 0x80
 PREROUTING, OUTPUT = 0, 3  # NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT
 
 _REG32_00, _REG32_12 = 8, 20
-_META_MARK, _META_L4PROTO = 3, 16
+_META_MARK, _META_IIFNAME, _META_L4PROTO = 3, 6, 16
 _NETWORK, _TRANSPORT = 1, 2
 _CMP_EQ, _CMP_NEQ = 0, 1
 _DYNSET_ADD, _DYNSET_UPDATE, _DYNSET_DELETE = 0, 1, 2
@@ -98,6 +98,17 @@ def mark_is(mark: int) -> bytes:
 
 def set_mark(mark: int) -> bytes:
     return _immediate(_REG32_12, struct.pack("=I", mark)) + _expression("meta", be32(2, _META_MARK), be32(3, _REG32_12))
+
+
+def comes_by(prefix: str) -> bytes:
+    """Matches what came in by an interface whose name begins so."""
+    return _meta_load(_META_IIFNAME) + _compare(_CMP_EQ, prefix.encode())
+
+
+def is_for_link_local(version: int) -> bytes:
+    """Matches a packet to 169.254.0.0/16 or fe80::/64."""
+    offset, network = (16, b"\xa9\xfe") if version == 4 else (24, b"\xfe\x80" + bytes(6))
+    return _payload(_NETWORK, offset, len(network), _REG32_12) + _compare(_CMP_EQ, network)
 
 
 def ends_connection() -> bytes:

@@ -27,7 +27,7 @@ _PACKET_OUTGOING = 4
 _SKF_AD_OFF, _SKF_AD_PROTOCOL, _SKF_AD_PKTTYPE = 0xFFFFF000, 0, 4  # linux/filter.h
 
 
-def _checksum(data: bytes) -> int:
+def checksum(data: bytes) -> int:
     """RFC 1071."""
     if len(data) % 2:
         data += b"\0"
@@ -50,8 +50,8 @@ def build_segment(source: Endpoint, destination: Endpoint, *, sequence: int, ack
         pseudo = pair + struct.pack(">BBH", 0, socket.IPPROTO_TCP, length)
     else:
         pseudo = pair + struct.pack(">IHBB", length, 0, 0, socket.IPPROTO_TCP)
-    checksum = _checksum(pseudo + head + options + payload)
-    segment = head[:16] + struct.pack(">H", checksum) + head[18:] + options + payload
+    total = checksum(pseudo + head + options + payload)
+    segment = head[:16] + struct.pack(">H", total) + head[18:] + options + payload
     if source.address.version == 4:  # the kernel fills in the header's checksum and, where it is 0, the identification
         return struct.pack(">BBHHHBBH", 0x45, 0, 20 + length, 0, 0x4000, 64, socket.IPPROTO_TCP, 0) + pair + segment
     return struct.pack(">IHBB", 6 << 28, length, socket.IPPROTO_TCP, 64) + pair + segment

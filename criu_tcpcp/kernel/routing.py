@@ -33,7 +33,7 @@ _RTN_LOCAL, _SCOPE_HOST, _FR_ACT_TO_TBL = 2, 254, 1  # linux/rtnetlink.h, linux/
 
 
 @contextlib.contextmanager
-def _route(call: str) -> Iterator[Any]:
+def rtnetlink(call: str) -> Iterator[Any]:
     """An rtnetlink connection in the calling thread's network namespace; pyroute2 is imported here: it is slow."""
     from pyroute2 import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
@@ -61,11 +61,17 @@ class Hop:
 
 def way_to(address: IPAddress) -> Hop:
     """How this host reaches the address. KernelError where it does not (ENETUNREACH, EHOSTUNREACH)."""
-    with _route(f"route to {address}") as route:
+    with rtnetlink(f"route to {address}") as route:
         answer = route.route("get", dst=str(address), family=_family(address.version))[0]
     gateway = answer.get_attr("RTA_GATEWAY")
     return Hop(ipaddress.ip_address(gateway) if gateway else None, int(answer.get_attr("RTA_OIF") or 0),
                answer["type"] == _RTN_LOCAL)
+
+
+def mtu_towards(address: IPAddress) -> int:
+    """The MTU of the interface by which this host reaches the address, bytes: nothing larger comes in by it either."""
+    with rtnetlink(f"read the MTU towards {address}") as route:
+        return int(route.link("get", index=way_to(address).interface)[0].get_attr("IFLA_MTU"))
 
 
 def source_towards(address: IPAddress) -> IPAddress:
@@ -98,25 +104,25 @@ def is_local(address: IPAddress) -> bool:
 def add_divert(address: IPAddress) -> None:
     """Make diverted packets for this address local. Idempotent."""
     family = _family(address.version)
-    with _route(f"routing rule for {address}") as route:
-        with _tolerating(errno.EEXIST):
+    with rtnetlink(f"routing rule for {address}") as route:
+        with tolerating(errno.EEXIST):
             route.route("add", family=family, dst=_everything(address.version), type=_RTN_LOCAL, scope=_SCOPE_HOST,
                         oif=_LOOPBACK_INDEX, table=TABLE)
         if address not in _diverts(route, address.version):
-            with _tolerating(errno.EEXIST):
+            with tolerating(errno.EEXIST):
                 route.rule("add", **_rule(address))
 
 
 def sweep_diverts(version: int, needed: set[IPAddress]) -> None:
     """Remove the rules for addresses that are not needed, and the table with the last of them. Idempotent."""
     family = _family(version)
-    with _route("routing rules") as route:
+    with rtnetlink("routing rules") as route:
         present = _diverts(route, version)
         for address in present - needed:
-            with _tolerating(errno.ENOENT):
+            with tolerating(errno.ENOENT):
                 route.rule("del", **_rule(address))
         if not needed and list(route.get_routes(family=family, table=TABLE)):
-            with _tolerating(errno.ESRCH):
+            with tolerating(errno.ESRCH):
                 route.route("del", family=family, dst=_everything(version), type=_RTN_LOCAL, scope=_SCOPE_HOST,
                             oif=_LOOPBACK_INDEX, table=TABLE)
 
@@ -137,7 +143,7 @@ def _diverts(route: Any, version: int) -> set[IPAddress]:
 
 
 @contextlib.contextmanager
-def _tolerating(number: int) -> Iterator[None]:
+def tolerating(number: int) -> Iterator[None]:
     from pyroute2.netlink.exceptions import NetlinkError
     try:
         yield

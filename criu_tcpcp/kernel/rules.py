@@ -7,6 +7,7 @@
                                        last such segment, and goes nowhere
         silent       output -300       what this host sends for these connections is dropped
     table criu_tcpcp            stands until its last connection is released
+        tunnelled    prerouting -310   of what comes out of our tunnels (tunnel.py), only these connections go on
         moved_*      prerouting -299   go to the next hop in the set's name, and no further
         fenced       prerouting -298   dropped, and dropped in output: this host does not speak for these connections
         diverted     prerouting -150   are for this host though their address is not: marked, so that a routing rule
@@ -29,6 +30,7 @@ import contextlib
 import functools
 import ipaddress
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 
 from ..core.endpoint import Endpoint, Flow, IPAddress
@@ -43,8 +45,14 @@ LIFETIME_S = 5 * 86400  # nf_conntrack_tcp_timeout_established
 CLOSING_S = 600
 
 _SWEEPS = 20  # by other commands, at the very moments at which something is added
-_FENCED, _DIVERTED, _MOVED = "fenced", "diverted", "moved_"
+TUNNELS = "tcpcpx"  # how the names of our tunnels' devices begin
+_FENCED, _DIVERTED, _MOVED, _TUNNELLED = "fenced", "diverted", "moved_", "tunnelled"
 _ANYWHERE: dict[int, IPAddress] = {4: ipaddress.IPv4Address(0), 6: ipaddress.IPv6Address(0)}
+
+
+def tunnels() -> list[str]:
+    """Our tunnels' devices in the calling thread's network namespace, by name."""
+    return [name for _index, name in socket.if_nameindex() if name.startswith(TUNNELS)]
 
 
 def marks_are_inherited() -> bool:
@@ -172,6 +180,18 @@ def _divert_component(version: int) -> Component:
         load + nftables.in_set(_DIVERTED) + nftables.refresh(_DIVERTED, LIFETIME_S) + mark + nftables.accept())),))
 
 
+@functools.cache
+def _tunnelled_component(version: int) -> Component:
+    """A tunnel's other end can wrap what it likes, from whomever: nothing else of it comes in. What is for the link
+    itself may: by that the tunnel is tried."""
+    ours = nftables.comes_by(TUNNELS)
+    return Component(version, (_TUNNELLED,), (Chain(_TUNNELLED, PREROUTING, -310, (
+        ours + nftables.is_for_link_local(version) + nftables.accept(),
+        ours + nftables.load_flow(version) + nftables.in_set(_TUNNELLED) + nftables.refresh(_TUNNELLED, LIFETIME_S)
+        + nftables.accept(),
+        ours + nftables.drop())),))
+
+
 class HostRules:
     """The lasting table of one IP version, in the network namespace of the thread that makes this."""
 
@@ -253,6 +273,18 @@ class HostRules:
         """The local addresses that a routing rule is needed for."""
         return {flow.local.address for flow in self._table.flows(_DIVERTED)}
 
+    # -- tunnelled: out of a tunnel of ours comes nothing but these connections ----------------------------------------
+
+    def guard_tunnels(self) -> None:
+        """Before there is one."""
+        self._install(_tunnelled_component(self.version))
+
+    def let_out(self, flow: Flow) -> None:
+        self._add(_tunnelled_component(self.version), flow)
+
+    def keep_in(self, flow: Flow) -> bool:
+        return self._table.remove(_TUNNELLED, flow)
+
     # -- all ----------------------------------------------------------------------------------------------------------
 
     def _install(self, component: Component) -> None:
@@ -301,6 +333,8 @@ class HostRules:
                 self._table.remove_if_unused(_fence_component(self.version))
             elif name == _DIVERTED:
                 self._table.remove_if_unused(_divert_component(self.version))
+            elif name == _TUNNELLED and not tunnels():
+                self._table.remove_if_unused(_tunnelled_component(self.version))
             elif name.startswith(_MOVED):
                 self._table.remove_if_unused(_moved_component(self.version, _ANYWHERE[self.version], 1, name))
         return self._table.delete_if_unused()

@@ -28,11 +28,13 @@ from .sshd import Ssh
 
 
 class Lab:
-    """A peer, a gateway, and servers behind it: origin, destination, and `more` if they are asked for.
+    """A peer, a gateway, and servers behind it: origin, destination, and `more` if they are asked for. Those `apart`
+    are on no link with the others.
 
     `joinable` lets other processes of this machine find the lab (`Lab.join`), for as long as it stands."""
 
-    def __init__(self, more: Sequence[str] = (), *, joinable: bool = False) -> None:
+    def __init__(self, more: Sequence[str] = (), *, apart: Sequence[str] = (), joinable: bool = False) -> None:
+        self._apart = apart
         self._servers = ["origin", "destination", *more]
         self._joinable = joinable
         self._record: Record | None = None
@@ -74,7 +76,7 @@ class Lab:
             self._make_hosts(record)
             for host in self.hosts.values():
                 host.run_dir.mkdir(mode=0o755)
-            plan = network.places(record.servers)
+            plan = network.places(record.servers, self._apart)
             network.build(plan, {name: record.namespace(name) for name in plan})
         except BaseException as error:
             try:
@@ -105,7 +107,7 @@ class Lab:
         self.ssh = Ssh(self.directory, record.creator_pid)
         self.hosts = {name: Host(name, network.NETNS_DIRECTORY / record.namespace(name), self.directory / name, place,
                                  self.ssh)
-                      for name, place in network.places(record.servers).items()}
+                      for name, place in network.places(record.servers, self._apart).items()}
 
     def tear_down(self) -> None:
         """End the lab. Done already, or in a fork of the process that made it: nothing happens."""

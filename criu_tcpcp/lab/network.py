@@ -7,8 +7,9 @@
       fd00:77:1::/64                 +--- eth0 ...          .13
 
 The origin and the destination are on one link, the gateway is the router of everyone: so both ways to lead packets
-from one to the other can be tried, over the link and over a router. Every lab has the same addresses; only the names
-of the namespaces differ.
+from one to the other can be tried, over the link and over a router. A server that is `apart` stands on a link of its
+own (10.77.3.0/24, fd00:77:3::/64), from which only the router's way leads to the others. Every lab has the same
+addresses; only the names of the namespaces differ.
 
 Interfaces are made inside the namespaces, never moved there from the machine's own. `ip -batch` runs do it: one
 process a namespace, some 3 ms each.
@@ -44,10 +45,11 @@ class Place:
     router: bool = False
 
 
-def places(servers: Sequence[str]) -> dict[str, Place]:
-    """Every host by name: peer, gateway, and the `servers`, which share the gateway's bridge."""
+def places(servers: Sequence[str], apart: Sequence[str] = ()) -> dict[str, Place]:
+    """Every host by name: peer, gateway, and the `servers`, which share the gateway's bridge but for those `apart`."""
     return {PEER: _place("eth0", 1, 2), GATEWAY: _place("br0", 2, 1, router=True),
-            **{name: _place("eth0", 2, 11 + index) for index, name in enumerate(servers)}}
+            **{name: _place("eth0", 3 + apart.index(name) if name in apart else 2, 11 + index)
+               for index, name in enumerate(servers)}}
 
 
 def _place(interface: str, link: int, number: int, *, router: bool = False) -> Place:
@@ -104,15 +106,24 @@ def _gateway_commands(plan: dict[str, Place], namespaces: dict[str, str]) -> Ite
     yield "link add br0 type bridge forward_delay 0 mcast_snooping 0"
     yield "link set br0 up"
     yield from _address_commands("br0", plan[GATEWAY])
-    for number, host in enumerate(plan):
+    for number, (host, place) in enumerate(plan.items()):
         if host == GATEWAY:
             continue
         port = "to-peer" if host == PEER else f"port{number}"
+        on_bridge = place.ipv4 in plan[GATEWAY].ipv4.network
         yield f"link add {port} type veth peer name eth0 netns {namespaces[host]}"
-        if host != PEER:
+        if on_bridge:
             yield f"link set {port} master br0"
         yield f"link set {port} up"
-    yield from _address_commands("to-peer", _place("to-peer", 1, 1))
+        if not on_bridge:
+            yield from _address_commands(port, _first(place))
+
+
+def _first(place: Place) -> Place:
+    """The router's place on the same link."""
+    v4, v6 = place.ipv4.network, place.ipv6.network
+    return Place("", ipaddress.IPv4Interface((v4.network_address + 1, v4.prefixlen)),
+                 ipaddress.IPv6Interface((v6.network_address + 1, v6.prefixlen)), router=True)
 
 
 def _host_commands(place: Place) -> Iterator[str]:

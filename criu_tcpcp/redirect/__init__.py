@@ -17,6 +17,7 @@ from ..core.endpoint import Flow, IPAddress
 from ..core.errors import ProtocolError, Refused, UsageError
 from ..kernel import routing
 from ..kernel.rules import HostRules
+from ..kernel.tunnel import Tunnel
 
 _HOOK = "hook:"
 
@@ -24,8 +25,8 @@ _HOOK = "hook:"
 @dataclass(frozen=True)
 class Plan:
     """What the journal remembers, so that a pass in doubt can be settled. `reason`: why the strategy was chosen; `via`:
-    the destination's address for packets; `nexthop`: that address where it is on a link of this host; `command`: of a
-    hook, its words."""
+    the destination's address for packets; `nexthop`: that address where it is on a link of this host, else the other
+    end of a tunnel there, and then `source` is this host's address on the way; `command`: of a hook, its words."""
 
     strategy: str
     reason: str
@@ -33,17 +34,23 @@ class Plan:
     interface: int
     via: str = ""
     command: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def tunnel(self) -> Tunnel | None:
+        return Tunnel(ipaddress.ip_address(self.source), ipaddress.ip_address(self.via)) if self.source else None
 
     def to_json(self) -> dict[str, Any]:
         return {"strategy": self.strategy, "reason": self.reason, "interface": self.interface,
-                "nexthop": str(self.nexthop) if self.nexthop else None, "via": self.via, "command": list(self.command)}
+                "nexthop": str(self.nexthop) if self.nexthop else None, "via": self.via, "command": list(self.command),
+                "source": self.source}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
         try:
             nexthop = ipaddress.ip_address(value["nexthop"]) if value["nexthop"] else None
             return cls(str(value["strategy"]), str(value["reason"]), nexthop, int(value["interface"]),
-                       str(value["via"]), tuple(map(str, value["command"])))
+                       str(value["via"]), tuple(map(str, value["command"])), str(value["source"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a redirect plan: {error}") from None
 
@@ -100,28 +107,40 @@ def choose(wanted: str, flow: Flow, via: IPAddress, address_is_local: bool) -> P
         words = hook.words_of(wanted.removeprefix(_HOOK))
         bridge = choose("none" if address_is_local else "forward", flow, via, address_is_local)
         return replace(bridge, strategy="hook", reason=f"{words[0]}, bridged by {bridge.strategy}", command=words)
-    hop = routing.way_to(via) if via.version == flow.ip_version else None
-    on_link = hop is not None and hop.gateway is None and not hop.local
-    nexthop, interface = (via, hop.interface) if hop is not None and on_link else (None, 0)
+    way = _way(flow, via)
     if wanted == "auto":
         wanted = "none" if address_is_local else "forward"
-        why = (f"{flow.local.address} is an address of the destination" if address_is_local
-               else f"{via} is on the same link")
+        why = (f"{flow.local.address} is an address of the destination" if address_is_local else way.description)
     else:
-        why = "as asked"
-    if wanted == "none":
-        if not address_is_local:
-            raise Refused(f"--redirect none: {flow.local.address} is not an address of the destination",
-                          hint="leave --redirect away, or give the destination that address first")
-        return Plan("none", why, nexthop, interface, str(via))
-    if hop is None:
-        raise Refused(f"the connection is IPv{flow.ip_version}, but the destination was reached at {via}",
-                      hint="name its other address with --via")
-    if not on_link:
-        via_text = "this host itself" if hop.local else f"behind the gateway {hop.gateway}"
-        raise Refused(f"--redirect forward needs the destination on the same link, and {via} is {via_text}",
-                      hint="name an address on a common link with --via")
-    return Plan("forward", why, nexthop, interface, str(via))
+        why = "as asked" if wanted == "none" or not way.source else f"as asked, {way.description}"
+    if wanted == "none" and not address_is_local:
+        raise Refused(f"--redirect none: {flow.local.address} is not an address of the destination",
+                      hint="leave --redirect away, or give the destination that address first")
+    if wanted == "forward" and way.nexthop is None:
+        raise Refused(f"the connection's packets cannot be sent on to {via}, which is {way.description}",
+                      hint="name another address of the destination with --via")
+    return Plan(wanted, why, way.nexthop, way.interface, str(via), source=way.source)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """From this host to the destination. `source`: of a tunnel there, this end's address; it has no `interface` yet."""
+
+    description: str
+    nexthop: IPAddress | None = None
+    interface: int = 0
+    source: str = ""
+
+
+def _way(flow: Flow, via: IPAddress) -> _Way:
+    hop = routing.way_to(via)
+    if hop.local:
+        return _Way("this host itself")
+    if hop.gateway is None and via.version == flow.ip_version:
+        return _Way(f"{via} is on the same link", via, hop.interface)
+    source = routing.source_towards(via)
+    where = f"behind the gateway {hop.gateway}" if hop.gateway is not None else f"IPv{via.version}"
+    return _Way(f"by a tunnel: {via} is {where}", Tunnel(source, via).next_hop(flow.ip_version), source=str(source))
 
 
 def origin_half(plan: Plan, setting: Setting) -> OriginRedirect:
