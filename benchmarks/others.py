@@ -15,7 +15,7 @@ A move's stall is the longest response that it touched: one under way between it
 Applications, peer, criu and the copy have precedence on the processors, as our own command takes it in its freeze.
 `again` counts the segments that the peer's kernel retransmitted, for each move.
 
-A criu that does not work here is left out, with its own reason. `--fetch` gets a newer one (newer_criu.py). passt moves
+A criu that does not work here is left out, with its own reason. `--fetch` gets a newer one (newer.py). passt moves
 the connections of a whole virtual machine; that needs QEMU at both ends, and is not measured here.
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import newer_criu
+import newer
 from criu_tcpcp.lab import Lab
 from ways import criu
 from ways.unwinding import unwinding
@@ -129,8 +129,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with unwinding():
         try:
-            path = str(newer_criu.fetch()) if arguments.fetch else arguments.criu
-        except newer_criu.FetchError as error:
+            path = str(newer.fetch("criu")[0]) if arguments.fetch else arguments.criu
+        except newer.FetchError as error:
             print(f"others: {error}", file=sys.stderr)
             return 1
         result = measure(arguments.rounds, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import newer_criu
+import newer
 from ways import criu
 
 #: What Debian 12's criu says to `criu check` on Linux 6.18.
@@ -60,30 +60,36 @@ def test_what_was_fetched_once_is_used_again(tmp_path: Path, monkeypatch: pytest
     there = tmp_path / "criu-tcpcp" / "criu-forky" / "criu"
     there.parent.mkdir(parents=True)
     there.touch()
-    assert newer_criu.fetch("forky") == there
+    assert newer.fetch("criu", "forky") == [there]
 
 
 def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     program(tmp_path / "apt-get", 'echo "E: no network" >&2\nexit 100')
-    with pytest.raises(newer_criu.FetchError, match=r"^apt-get failed: E: no network$"):
-        newer_criu.fetch()
+    with pytest.raises(newer.FetchError, match=r"^apt-get failed: E: no network$"):
+        newer.fetch("criu")
     assert list((tmp_path / "cache" / "criu-tcpcp").iterdir()) == []
 
 
-def test_what_is_unpacked_runs_by_its_own_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("package", "programs"), [("criu", ["usr/sbin/criu"]),
+                                                   ("passt", ["usr/bin/passt", "usr/bin/passt-repair"])])
+def test_what_is_unpacked_runs_by_its_own_loader(package: str, programs: list[str], tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """With a mirror of made-up packages: apt's and dpkg's part is played."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache dir"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     program(tmp_path / "apt-get", "\n".join([
-        "for word; do", '[ "${word%%=*}" != Dir::Cache::archives ] || touch "${word#*=}/criu.deb"', "done"]))
+        "for word; do", '[ "${word%%=*}" != Dir::Cache::archives ] || touch "${word#*=}/one.deb"', "done",
+        f'[ "$word" = update ] || [ "$word" = {package} ]']))
     program(tmp_path / "dpkg-deb", "\n".join([
-        'mkdir -p "$3/usr/lib64" "$3/usr/lib/x86_64-linux-gnu" "$3/usr/sbin"', 'touch "$3/usr/sbin/criu"',
+        'mkdir -p "$3/usr/lib64" "$3/usr/lib/x86_64-linux-gnu" "$3/usr/sbin" "$3/usr/bin"',
+        *(f'touch "$3/{one}"' for one in programs),
         r'printf "#!/bin/sh\necho loaded \"\$@\"\n" >"$3/usr/lib64/ld-linux-x86-64.so.2"',
         'chmod 755 "$3/usr/lib64/ld-linux-x86-64.so.2"']))
-    home = tmp_path / "cache dir" / "criu-tcpcp" / "criu-sid"
-    assert newer_criu.fetch("sid") == home / "criu"
-    said = subprocess.run([home / "criu", "check"], capture_output=True, text=True, check=True).stdout
-    assert said == f"loaded --library-path {home}/usr/lib/x86_64-linux-gnu {home}/usr/sbin/criu check\n"
-    assert [path.name for path in home.parent.iterdir()] == ["criu-sid"]
+    home = tmp_path / "cache dir" / "criu-tcpcp" / f"{package}-sid"
+    assert newer.fetch(package, "sid") == [home / Path(one).name for one in programs]
+    for one in programs:
+        said = subprocess.run([home / Path(one).name, "x"], capture_output=True, text=True, check=True).stdout
+        assert said == f"loaded --library-path {home}/usr/lib/x86_64-linux-gnu {home}/{one} x\n"
+    assert [path.name for path in home.parent.iterdir()] == [home.name]

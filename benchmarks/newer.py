@@ -1,14 +1,17 @@
-"""A CRIU that is newer than this Debian's, for the benchmarks: fetched by apt, unpacked, never installed.
+"""Programs of others that are newer than this Debian's, for the benchmarks: fetched by apt, unpacked, never installed.
 
-    ./dev bench newer_criu [--suite forky] [--mirror URL]
+    ./dev bench newer criu [--suite forky] [--mirror URL]
 
-Prints the path of a `criu` that runs with the libraries that came with it. Debian 12's 3.17.1 does not start on Linux
-6.13 and later (https://github.com/checkpoint-restore/criu/issues/2532), and 13's 4.1.1 dumps no TCP socket on 6.16 and
-later (https://github.com/checkpoint-restore/criu/issues/2705; 4.2 does).
+Prints the paths of the package's programs, which run with the libraries that came with them:
+
+- criu: Debian 12's 3.17.1 does not start on Linux 6.13 and later
+  (https://github.com/checkpoint-restore/criu/issues/2532), and 13's 4.1.1 dumps no TCP socket on 6.16 and later
+  (https://github.com/checkpoint-restore/criu/issues/2705; 4.2 does).
+- passt: Debian 12's is of 2023, and migrates nothing; that came with 2025_02_17.
 
 apt works in a directory of its own (its lists, its cache, an empty list of installed packages, so that every library
 comes along), with the machine's proxies and keys; the machine's own packages are neither read nor changed. What is
-unpacked stays in $XDG_CACHE_HOME/criu-tcpcp, or ~/.cache/criu-tcpcp, some 30 MB, and is used again.
+unpacked stays in $XDG_CACHE_HOME/criu-tcpcp, or ~/.cache/criu-tcpcp, some 30 MB a package, and is used again.
 """
 
 from __future__ import annotations
@@ -24,36 +27,44 @@ from pathlib import Path
 from ways.unwinding import unwinding
 
 SUITE = "forky"
+#: By Debian's name of the package: where its programs are in it.
+PROGRAMS = {"criu": ("usr/sbin/criu",), "passt": ("usr/bin/passt", "usr/bin/passt-repair")}
 MIRROR = "http://deb.debian.org/debian"      # apt checks signatures, so that plain http will do
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
 class FetchError(Exception):
-    """Why there is no newer CRIU."""
+    """Why there is nothing newer."""
 
 
-def fetch(suite: str = SUITE, mirror: str = MIRROR) -> Path:
-    """The path of that `criu`; from the cache if it is there."""
+def fetch(package: str, suite: str = SUITE, mirror: str = MIRROR) -> list[Path]:
+    """The paths of the programs of `package`, in the order of PROGRAMS; from the cache if they are there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "criu-tcpcp"
-    criu = cache / f"criu-{suite}" / "criu"
-    if criu.exists():
-        return criu
+    home = cache / f"{package}-{suite}"
+    commands = [home / Path(program).name for program in PROGRAMS[package]]
+    if _all_there(commands):
+        return commands
     cache.mkdir(parents=True, exist_ok=True)
     with unwinding(), tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as work:
-        _download(Path(work), suite, mirror)
+        _download(package, Path(work), suite, mirror)
         tree = Path(work, "tree")
-        for package in sorted(Path(work, "archives").glob("*.deb")):
-            _run(["dpkg-deb", "--extract", str(package), str(tree)])
-        _write_command(tree, criu.parent)
+        for archive in sorted(Path(work, "archives").glob("*.deb")):
+            _run(["dpkg-deb", "--extract", str(archive), str(tree)])
+        for program in PROGRAMS[package]:
+            _write_command(program, tree, home)
         try:
-            tree.rename(criu.parent)
+            tree.rename(home)
         except OSError:      # somebody else was faster
-            if not criu.exists():
+            if not _all_there(commands):
                 raise
-    return criu
+    return commands
 
 
-def _download(work: Path, suite: str, mirror: str) -> None:
+def _all_there(commands: list[Path]) -> bool:
+    return all(command.exists() for command in commands)
+
+
+def _download(package: str, work: Path, suite: str, mirror: str) -> None:
     for name in ("lists/partial", "archives/partial"):
         Path(work, name).mkdir(parents=True)
     Path(work, "status").touch()
@@ -67,11 +78,12 @@ def _download(work: Path, suite: str, mirror: str) -> None:
                 "Debug::NoLocking": "true"}          # dpkg's lock is for who installs
     apt = ["apt-get", "-q", *(word for name, value in settings.items() for word in ("-o", f"{name}={value}"))]
     _run([*apt, "update"])
-    _run([*apt, "install", "-y", "--no-install-recommends", "--download-only", "criu"])
+    _run([*apt, "install", "-y", "--no-install-recommends", "--download-only", package])
 
 
-def _write_command(tree: Path, home: Path) -> None:
-    """`criu` in `tree`, which will be moved to `home`: by its own loader, since this machine's libc may be too old."""
+def _write_command(program: str, tree: Path, home: Path) -> None:
+    """A command in `tree`, which will be moved to `home`: by its own loader, since this machine's libc may be too
+    old."""
     def one(pattern: str) -> str:
         found = sorted(tree.glob(pattern))
         if not found:
@@ -79,8 +91,8 @@ def _write_command(tree: Path, home: Path) -> None:
         return shlex.quote(str(home / found[0].relative_to(tree)))
 
     loader, libraries = one("usr/lib*/ld-linux*.so.*"), one("usr/lib/*-linux-gnu*")
-    command = tree / "criu"
-    command.write_text(f'#!/bin/sh\nexec {loader} --library-path {libraries} {one("usr/sbin/criu")} "$@"\n')
+    command = tree / Path(program).name
+    command.write_text(f'#!/bin/sh\nexec {loader} --library-path {libraries} {one(program)} "$@"\n')
     command.chmod(0o755)
 
 
@@ -94,14 +106,15 @@ def _run(argv: list[str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="./dev bench newer_criu", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="./dev bench newer", description=__doc__.split("\n")[0])
+    parser.add_argument("package", choices=sorted(PROGRAMS))
     parser.add_argument("--suite", default=SUITE)
     parser.add_argument("--mirror", default=MIRROR)
     arguments = parser.parse_args()
     try:
-        print(fetch(arguments.suite, arguments.mirror))
+        print(*fetch(arguments.package, arguments.suite, arguments.mirror), sep="\n")
     except FetchError as error:
-        print(f"newer_criu: {error}", file=sys.stderr)
+        print(f"newer: {error}", file=sys.stderr)
         return 1
     return 0
 
