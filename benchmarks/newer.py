@@ -11,7 +11,7 @@ Prints the paths of the package's programs, which run with the libraries that ca
 
 apt works in a directory of its own (its lists, its cache, an empty list of installed packages, so that every library
 comes along), with the machine's proxies and keys; the machine's own packages are neither read nor changed. What is
-unpacked stays in $XDG_CACHE_HOME/criu-tcpcp, or ~/.cache/criu-tcpcp, some 30 MB a package, and is used again.
+unpacked stays in $XDG_CACHE_HOME/criu-tcpcp, or ~/.cache/criu-tcpcp, 15 to 30 MB a package, and is used again.
 """
 
 from __future__ import annotations

@@ -12,15 +12,15 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from criu_tcpcp.lab import Lab
 from waiting import until
-from world import PORT
 
-from .watched import PRECEDENCE, Watched
+from . import Unfit, echoing
+from .watched import PRECEDENCE, Watched, figures
 
 _TCP = ["--tcp-established", "--network-lock", "nftables"]
 _PR_SET_CHILD_SUBREAPER = 36      # linux/prctl.h
@@ -29,11 +29,7 @@ _PR_SET_CHILD_SUBREAPER = 36      # linux/prctl.h
 _KEPT = (Path("/run/criu.kdat"), Path("/run/criu.kdat.tmp"))
 
 
-class Unfit(Exception):
-    """CRIU's way cannot be gone here: why, in criu's words where they are its."""
-
-
-def version(criu: str) -> str:
+def version(criu: Path) -> str:
     """As `criu --version` tells; raises Unfit if `criu check` says that it does not work on this kernel."""
     with _nothing_kept():
         try:
@@ -54,18 +50,18 @@ def reason(said: str) -> str:
     return "; ".join(dict.fromkeys(texts)) or " ".join(said.split()) or "no reason given"
 
 
-def moves(criu: str, rounds: int) -> dict[str, Any]:
+def moves(criu: Path, rounds: int) -> dict[str, Any]:
     """The figures of `rounds` dumps and restores; raises Unfit if one fails."""
     number = version(criu)
     with _nothing_kept(), _adopting(), Lab() as lab:
         process = _Process(lab, criu)
-        watched = Watched.asking(f"criu {number}, dump, copy and restore", lab, "--echoed")
+        watched = Watched.asking(lab, "--echoed")
         try:
             for one in range(rounds):
                 watched.move(process.move, one)
         except Unfit as why:
             raise Unfit(f"{number} on Linux {os.uname().release}, {why}") from None
-        result = watched.result()
+        result = figures(f"criu {number}, dump, copy and restore", [watched.seen()])
         process.reap()
         return result
 
@@ -73,18 +69,11 @@ def moves(criu: str, rounds: int) -> dict[str, Any]:
 class _Process:
     """The small process (echo.c), and how it is moved."""
 
-    def __init__(self, lab: Lab, criu: str) -> None:
+    def __init__(self, lab: Lab, criu: Path) -> None:
         self._lab, self._criu = lab, criu
-        program = lab.directory / "echo"
-        _must(["cc", "-O2", "-static", "-o", str(program), str(Path(__file__).with_name("echo.c"))])
-        # A session of its own, nothing on a terminal, and stdout only until it listens: CRIU refuses the rest.
-        started = lab.origin.spawn([*PRECEDENCE, program, str(PORT)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)
-        assert started.stdout is not None
-        if started.stdout.readline() != b"listening\n":
-            raise Unfit("echo.c does not listen")
+        started = echoing.start(lab.origin, lab.directory)
         self._pid = started.pid
-        self._started: subprocess.Popen[bytes] | None = started
+        self._started: subprocess.Popen[Any] | None = started
         self._ssh = self._connect()
 
     def _connect(self) -> list[str]:
@@ -107,7 +96,9 @@ class _Process:
         self.reap()      # on another host its number would be free at once
         dumped = time.monotonic()
         copy = f'tar -C {here} -cf - . | "$@" destination "tar -C {there} -xf -"'
-        _must(["sh", "-c", copy, "sh", *self._ssh], self._lab)
+        done = self._lab.origin.run([*PRECEDENCE, "sh", "-c", copy, "sh", *self._ssh], check=False)
+        if done.returncode != 0:
+            raise Unfit(f"the copy failed: {done.stderr.strip()}")
         copied = time.monotonic()
         self._criu_on_origin("restore", "--restore-detached", "--images-dir", str(there), *_TCP)
         restored = time.monotonic()
@@ -125,17 +116,6 @@ class _Process:
             self._started = None
         else:
             os.waitpid(self._pid, 0)
-
-
-def _must(argv: Sequence[str], lab: Lab | None = None) -> None:
-    """Run it, on the origin of `lab` with precedence or on this machine. Without it there is nothing to measure."""
-    try:
-        done = (lab.origin.run([*PRECEDENCE, *argv], check=False) if lab is not None
-                else subprocess.run(argv, capture_output=True, text=True, check=False))
-    except OSError as error:
-        raise Unfit(f"{argv[0]}: {error.strerror}") from None
-    if done.returncode != 0:
-        raise Unfit(f"{argv[0]} failed: {done.stderr.strip()}")
 
 
 @contextlib.contextmanager

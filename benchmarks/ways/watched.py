@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from criu_tcpcp import verify
@@ -22,25 +24,38 @@ PEER = ["rr-peer", "--rate", "1000", "--until-eof", "--worst", "1000000"]
 # What a move does to the next request or two counts as its own; then the connection has its peace until the next move.
 _AFTERWARDS_NS = 10_000_000
 _PEACE_S = 0.3
+_SILENCE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the peer of one connection saw."""
+
+    stalls_ms: list[float]      # of each move
+    steps_ms: dict[str, list[float]]
+    requests: int
+    usual_ms: float
+    sent_again: int      # segments
 
 
 class Watched:
-    """`name`: of the way in which the connection is moved. `peer`: a `PEER` program that is connected."""
+    """`peer`: a `PEER` program that is connected."""
 
-    def __init__(self, name: str, lab: Lab, peer: Program) -> None:
-        self.name, self._lab, self._peer = name, lab, peer
+    def __init__(self, lab: Lab, peer: Program) -> None:
+        self._lab, self._peer = lab, peer
         self._spans: list[tuple[int, int]] = []      # of each move: begun, ended (wall clock, ns)
         self._steps: dict[str, list[float]] = {}
         self._sent_again = self._retransmitted()
 
     @classmethod
-    def asking(cls, name: str, lab: Lab, *options: str) -> Watched:
-        """With a new connection to the origin."""
+    def asking(cls, lab: Lab, *options: str, address: str | None = None) -> Watched:
+        """With a new connection to the origin, or to another `address`."""
         kind, *rest = PEER
         peer = Program(lab.peer, [*PRECEDENCE, sys.executable, "-m", "criu_tcpcp.lab.load", kind,
-                                  str(lab.origin.ipv4), str(PORT), *rest, *options], stdin=subprocess.PIPE)
+                                  address or str(lab.origin.ipv4), str(PORT), *rest, *options],
+                       stdin=subprocess.PIPE)
         peer.wait_for("ready")
-        return cls(name, lab, peer)
+        return cls(lab, peer)
 
     def move(self, action: Callable[..., dict[str, float]], *arguments: Any) -> None:
         """One move: `action` does it, and returns its steps and the time that each took, in ms."""
@@ -51,32 +66,61 @@ class Watched:
         for step, took_ms in steps.items():
             self._steps.setdefault(step, []).append(took_ms)
 
-    def result(self) -> dict[str, Any]:
-        """The figures of all moves; the connection ends in order."""
+    def seen(self, *, broken: bool = False) -> Seen:
+        """What the peer saw of all moves; the connection ends in order. `broken`: nobody would answer, so that the
+        peer's kernel has to end it (SOCK_DESTROY, which Debian's kernels have)."""
         pause(_PEACE_S)
+        if broken:
+            self._lab.peer.run(["ss", "-K", "state", "established"])
         sent_again = self._retransmitted() - self._sent_again
-        report = self._report()
+        report = self._report(broken=broken)
         stalls = [max((one["ns"] for one in report["stalls"]
                        if one["at_ns"] <= ended + _AFTERWARDS_NS and begun <= one["at_ns"] + one["ns"]), default=0)
                   / 1e6 for begun, ended in self._spans]
-        return {"way": self.name, "moves": len(stalls), "requests": report["requests"],
-                "usual_ms": report["stall_p50_ns"] / 1e6, "stall": summary(stalls),
-                "sent_again": round(sent_again / len(stalls), 2),
-                "steps": {step: summary(times) for step, times in self._steps.items()}}
+        return Seen(stalls, self._steps, report["requests"], report["stall_p50_ns"] / 1e6, sent_again)
 
-    def _report(self) -> dict[str, Any]:
-        """What the peer's program says at its end; an error is the end of the benchmark."""
+    def goes_on(self) -> bool:
+        """The peer is still answered some time after the move, as long as several time-outs of any of the two."""
+        pause(_PEACE_S)
+        before = self._received()
+        pause(_SILENCE_S)
+        return self._received() > before
+
+    def ended(self) -> str | None:
+        """What the peer's program saw that made it give up: a reset, say."""
+        return next((str(one["error"]) for one in self._peer.events if "program" in one), None)
+
+    def _received(self) -> int:
+        """Bytes of answers that the peer's kernel has."""
+        told = self._lab.peer.run(["ss", "-tniH", "state", "established"]).stdout
+        return sum(map(int, re.findall(r"bytes_received:(\d+)", told)))
+
+    def _report(self, *, broken: bool) -> dict[str, Any]:
+        """What the peer's program says at its end; an error that was not expected is the end of the benchmark."""
         assert self._peer.process.stdin is not None
         self._peer.process.stdin.close()
         until(lambda: any("program" in one for one in self._peer.events), "the peer's report")
         report = next(one for one in self._peer.events if "program" in one)
-        if report["error"] is not None:
-            raise SystemExit(f"others: {self.name}: the peer saw: {report['error']}")
+        if report["error"] is not None and not broken:
+            raise SystemExit(f"others: the peer saw: {report['error']}")
         return report
 
     def _retransmitted(self) -> int:
         """Segments that the peer's kernel has sent again so far."""
         return verify.parse_netstat(self._lab.peer.run(["cat", "/proc/thread-self/net/snmp"]).stdout)["TcpRetransSegs"]
+
+
+def figures(way: str, connections: Sequence[Seen]) -> dict[str, Any]:
+    """Of all moves of all connections that were moved in this way."""
+    stalls = [stall for one in connections for stall in one.stalls_ms]
+    steps: dict[str, list[float]] = {}
+    for one in connections:
+        for step, times in one.steps_ms.items():
+            steps.setdefault(step, []).extend(times)
+    return {"way": way, "moves": len(stalls), "requests": sum(one.requests for one in connections),
+            "usual_ms": statistics.median(one.usual_ms for one in connections), "stall": summary(stalls),
+            "sent_again": round(sum(one.sent_again for one in connections) / len(stalls), 2),
+            "steps": {step: summary(times) for step, times in steps.items()}}
 
 
 def pause(seconds: float) -> None:

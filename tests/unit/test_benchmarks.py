@@ -1,4 +1,4 @@
-"""The parts of the benchmarks that need no host: which criu can be measured, and where a newer one comes from."""
+"""The parts of the benchmarks that need no host: what can be measured, where a newer one comes from, the figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import newer
-from ways import criu
+from ways import Unfit, criu, passt
+from ways.watched import Seen, figures
 
 #: What Debian 12's criu says to `criu check` on Linux 6.18.
 OLD = """Error (criu/util.c:642): exited, status=1
@@ -27,8 +28,8 @@ def program(path: Path, text: str) -> Path:
 def test_a_criu_that_does_not_work_here_says_why(tmp_path: Path) -> None:
     old = program(tmp_path / "criu", "[ $1 = --version ] && echo Version: 3.17.1 && exit\n"
                                      f"cat >&2 <<'END'\n{OLD}END\nexit 1")
-    with pytest.raises(criu.Unfit) as why:
-        criu.version(str(old))
+    with pytest.raises(Unfit) as why:
+        criu.version(old)
     assert str(why.value).startswith("3.17.1 on Linux ")
     assert str(why.value).endswith(": exited, status=1; vdso: Unexpected rt vDSO area bounds; "
                                    "Could not initialize kernel features detection.")
@@ -36,12 +37,21 @@ def test_a_criu_that_does_not_work_here_says_why(tmp_path: Path) -> None:
 
 def test_a_criu_that_works_tells_its_version(tmp_path: Path) -> None:
     new = program(tmp_path / "criu", "echo Version: 4.2.1\necho GitID: 0")
-    assert criu.version(str(new)) == "4.2.1"
+    assert criu.version(new) == "4.2.1"
 
 
 def test_no_criu_at_all(tmp_path: Path) -> None:
-    with pytest.raises(criu.Unfit, match="No such file"):
-        criu.version(str(tmp_path / "criu"))
+    with pytest.raises(Unfit, match="No such file"):
+        criu.version(tmp_path / "criu")
+
+
+def test_passts_version_is_debians(tmp_path: Path) -> None:
+    assert passt.version(program(tmp_path / "passt", "echo passt 0.0~git1-1\necho Copyright: nobody")) == "0.0~git1-1"
+
+
+def test_no_passt_at_all(tmp_path: Path) -> None:
+    with pytest.raises(Unfit, match="No such file"):
+        passt.version(tmp_path / "passt")
 
 
 @pytest.mark.parametrize(("said", "why"), [
@@ -93,3 +103,12 @@ def test_what_is_unpacked_runs_by_its_own_loader(package: str, programs: list[st
         said = subprocess.run([home / Path(one).name, "x"], capture_output=True, text=True, check=True).stdout
         assert said == f"loaded --library-path {home}/usr/lib/x86_64-linux-gnu {home}/{one} x\n"
     assert [path.name for path in home.parent.iterdir()] == [home.name]
+
+
+def test_figures_are_of_all_connections() -> None:
+    """Each was moved some times; what is counted for a move is counted over all of them."""
+    found = figures("by hand", [Seen([1.0, 2.0], {"lift": [0.5, 0.7]}, 10, 0.1, 1),
+                                Seen([9.0], {"lift": [0.6]}, 5, 0.3, 0)])
+    assert found == {"way": "by hand", "moves": 3, "requests": 15, "usual_ms": 0.2, "sent_again": 0.33,
+                     "stall": {"median_ms": 2.0, "p90_ms": 9.0, "worst_ms": 9.0},
+                     "steps": {"lift": {"median_ms": 0.6, "p90_ms": 0.7, "worst_ms": 0.7}}}
