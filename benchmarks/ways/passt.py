@@ -57,10 +57,9 @@ def moves(passt: Path, helper: Path, rounds: int) -> dict[str, Any]:
             watched = Watched.asking(lab, "--echoed", address=ADDRESS)
             guest.prepare()
             watched.move(guest.move)
-            broken = not watched.goes_on()
-            if broken:
+            if not watched.goes_on():
                 lost[watched.ended() or "no answer"] += 1
-            seen.append(watched.seen(broken=broken))
+            seen.append(watched.seen(orderly=False))
     return {**figures(f"passt {number}, no memory to move", seen), "lost": dict(lost)}
 
 

@@ -66,15 +66,21 @@ class Watched:
         for step, took_ms in steps.items():
             self._steps.setdefault(step, []).append(took_ms)
 
-    def seen(self, *, broken: bool = False) -> Seen:
-        """What the peer saw of all moves; the connection ends in order. `broken`: nobody would answer, so that the
-        peer's kernel has to end it (SOCK_DESTROY, which Debian's kernels have)."""
-        pause(_PEACE_S)
-        if broken:
+    def seen(self, *, orderly: bool = True) -> Seen:
+        """What the peer saw of all moves; the connection ends. Where that may not work any more, or take for ever, it
+        is not `orderly`: the peer's kernel aborts it (SOCK_DESTROY, which Debian's kernels have)."""
+        if orderly:
+            pause(_PEACE_S)
+        else:
             self._lab.peer.run(["ss", "-K", "state", "established"])
         sent_again = self._retransmitted() - self._sent_again
-        report = self._report(broken=broken)
-        stalls = [max((one["ns"] for one in report["stalls"]
+        aborted = time.time_ns()
+        report = self._report(orderly=orderly)
+        waits = list(report["stalls"])
+        if not orderly:      # the last request may have no answer: it has waited for one since the last answer, or less
+            last = max(one["at_ns"] + one["ns"] for one in waits)
+            waits.append({"at_ns": last, "ns": aborted - last})
+        stalls = [max((one["ns"] for one in waits
                        if one["at_ns"] <= ended + _AFTERWARDS_NS and begun <= one["at_ns"] + one["ns"]), default=0)
                   / 1e6 for begun, ended in self._spans]
         return Seen(stalls, self._steps, report["requests"], report["stall_p50_ns"] / 1e6, sent_again)
@@ -95,13 +101,13 @@ class Watched:
         told = self._lab.peer.run(["ss", "-tniH", "state", "established"]).stdout
         return sum(map(int, re.findall(r"bytes_received:(\d+)", told)))
 
-    def _report(self, *, broken: bool) -> dict[str, Any]:
-        """What the peer's program says at its end; an error that was not expected is the end of the benchmark."""
+    def _report(self, *, orderly: bool) -> dict[str, Any]:
+        """What the peer's program says at its end; an error of an orderly one is the end of the benchmark."""
         assert self._peer.process.stdin is not None
         self._peer.process.stdin.close()
         until(lambda: any("program" in one for one in self._peer.events), "the peer's report")
         report = next(one for one in self._peer.events if "program" in one)
-        if report["error"] is not None and not broken:
+        if report["error"] is not None and orderly:
             raise SystemExit(f"others: the peer saw: {report['error']}")
         return report
 
