@@ -60,7 +60,7 @@ def moves(passt: Path, helper: Path, rounds: int) -> dict[str, Any]:
             if not watched.goes_on():
                 lost[watched.ended() or "no answer"] += 1
             seen.append(watched.seen(orderly=False))
-    return {**figures(f"passt {number}, no memory to move", seen), "lost": dict(lost)}
+    return {**figures(f"passt {number}", seen), "lost": dict(lost)}
 
 
 class _Passt:
