@@ -8,6 +8,7 @@ either socket: what is acknowledged in between is lost.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .core.state import ConnectionState
 from .kernel import repair, routing, sockopt, tcpinfo
 from .kernel.rawpacket import Injector, Sniffer
 from .kernel.rules import MARK, Silence
-from .kernel.timestamps import learn_ts_recent
+from .kernel.timestamps import learn_ts_recent, pay_acknowledgement
 
 _PROBE_TIMEOUT_S = 0.2
 
@@ -46,15 +47,14 @@ def get(sock: socket.socket) -> ConnectionState:
     info = tcpinfo.read(sock)
     ts_recent: int | None = None
     last_tsval: int | None = None
-    if info.options & tcp.OPT_TIMESTAMPS:
-        sniffer, injector = Sniffer(flow), Injector(flow.ip_version, MARK)
-        try:
-            ts_recent = learn_ts_recent(sock, flow, sniffer, injector, _PROBE_TIMEOUT_S)
-            stamps = sniffer.newest()
-            last_tsval = stamps[0] if stamps is not None else None
-        finally:
-            sniffer.close()
-            injector.close()
+    with contextlib.closing(Injector(flow.ip_version, MARK)) as injector:
+        if info.options & tcp.OPT_TIMESTAMPS:
+            with contextlib.closing(Sniffer(flow)) as sniffer:
+                ts_recent = learn_ts_recent(sock, flow, sniffer, injector, _PROBE_TIMEOUT_S)
+                stamps = sniffer.newest()
+                last_tsval = stamps[0] if stamps is not None else None
+        else:
+            pay_acknowledgement(sock, flow, injector)
     return repair.read_state(sock, options, not sock.getblocking(), ts_recent, last_tsval)
 
 

@@ -343,7 +343,7 @@ class Destination:
         if sock is None or state is None or way is None:
             raise Refused("the pass was not staged")
         written = None if repair.is_in_repair(sock) else repair.written_since(sock, state)
-        way.brace(unwritten=bool(state.unsent_bytes))
+        way.brace(unwritten=bool(state.unsent_bytes) or state.fin_unsent)
         self._restorer(sock).run(activation_steps(state, written))
         way.activate(self.journal.pass_id)
         sock.close()

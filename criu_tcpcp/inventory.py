@@ -26,6 +26,12 @@ _TCP_ULP = 31
 _IPPROTO_MPTCP = 262
 
 
+#: What could be done about a state in which there is no connection to pass.
+_WHY_STATE = {TcpState.SYN_SENT: "try again once it is established",
+              TcpState.SYN_RECV: "try again once it is established",
+              TcpState.CLOSE: "the connection is over, or never began: no packet belongs to it any more"}
+
+
 @dataclass(frozen=True)
 class Connection:
     """A TCP socket of a process. `why_not` is None where it can be passed; `hint` then is what could be done about
@@ -171,8 +177,14 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
         return Connection(
             pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode, state=info.state, flow=flow,
             unread=0 if listening else tcpinfo.unread_bytes(sock),
-            unacknowledged=0 if listening else tcpinfo.unacknowledged_bytes(sock),
+            unacknowledged=0 if listening else _unacknowledged(sock, info.state),
             cookie=tcpinfo.cookie(sock), why_not=why_not, hint=hint, shared_with=others)
+
+
+def _unacknowledged(sock: socket.socket, state: TcpState) -> int:
+    """Without our FIN."""
+    count = tcpinfo.unacknowledged_bytes(sock)
+    return count - 1 if count and state in tcp.FIN_QUEUED_STATES else count
 
 
 def _obstacle(state: TcpState, flow: Flow | None, options: int, upper: str,
@@ -181,7 +193,7 @@ def _obstacle(state: TcpState, flow: Flow | None, options: int, upper: str,
     if state is TcpState.LISTEN:
         return "is a listening socket, which has no peer", ""
     if state not in tcp.PASSABLE_STATES or flow is None:
-        return f"is in state {state.label}", "only established and half-closed (CLOSE-WAIT) connections are passed"
+        return f"is in state {state.label}", _WHY_STATE.get(state, "")
     if others:
         return (f"is shared with process {', '.join(map(str, others[:4]))}",
                 "every process that could use the connection would have to give it up")

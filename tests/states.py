@@ -68,8 +68,11 @@ def flows(draw: st.DrawFn) -> Flow:
 def states(draw: st.DrawFn) -> ConnectionState:
     flow = draw(flows())
     state = draw(st.sampled_from(sorted(tcp.PASSABLE_STATES)))
-    fin = int(state is TcpState.CLOSE_WAIT)
-    rcv_nxt, received, outgoing = draw(sequences), draw(st.binary(max_size=50)), draw(st.binary(max_size=50))
+    fin = int(state in tcp.FIN_RECEIVED_STATES)
+    rcv_nxt, received = draw(sequences), draw(st.binary(max_size=50))
+    outgoing = draw(st.binary(max_size=50)) if state is not TcpState.FIN_WAIT2 else b""
+    unsent = draw(st.integers(0, len(outgoing)))
+    waits = state in tcp.FIN_QUEUED_STATES and state is not TcpState.FIN_WAIT2 and (unsent > 0 or draw(st.booleans()))
     # What is not acknowledged yet is the newest of what was received, and the FIN is the newest of all.
     rcv_wup = tcp.add(rcv_nxt, -draw(st.integers(0, len(received) + fin)))
     # A peer sends nothing beyond the window.
@@ -87,7 +90,7 @@ def states(draw: st.DrawFn) -> ConnectionState:
     number = st.integers(0, tcp.MODULUS - 1)
     return ConnectionState(
         flow=flow, tcp_state=state, rcv_nxt=rcv_nxt, received=received, write_seq=draw(sequences), outgoing=outgoing,
-        unsent=draw(st.integers(0, len(outgoing))), negotiated=negotiated,
+        unsent=unsent, fin_unsent=waits, shut_read=not fin and draw(st.booleans()), negotiated=negotiated,
         window=Window(snd_wl1, draw(st.integers(0, 1 << 30)), draw(number), rcv_wnd, rcv_wup),
         timestamp=draw(number) if timestamps else None, ts_recent=draw(number) if timestamps else None,
         congestion=Congestion(*(draw(number) for _ in range(5))), options=options, nonblocking=draw(st.booleans()))

@@ -32,6 +32,8 @@ from .tcp import TcpState
 
 EXTRAS_VERSION = 1
 _O_RDWR, _O_NONBLOCK = 2, 0o4000
+_SHUTDOWN_READ = 1  # CRIU's enum sk_shutdown
+_FIN_UNSENT = "fin_unsent"  # there only where it is so
 _ENTRY_LIMIT = 1 << 16
 _EXTRAS_LIMIT = 1 << 16
 _TEXT = re.compile(r"[!-.0-~]{0,15}")  # IFNAMSIZ, TCP_CA_NAME_MAX less the zero; no name of either kind has a slash
@@ -49,15 +51,15 @@ class Image:
 
 def encode(state: ConnectionState, inode: int = 0) -> Image:
     """The state in CRIU's format."""
-    return Image(encode_inet_sk(state.flow, state.tcp_state, state.nonblocking, state.options, inode),
+    return Image(encode_inet_sk(state.flow, state.tcp_state, state.nonblocking, state.options, inode, state.shut_read),
                  _encode_stream(state), _encode_extras(state))
 
 
 def encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options: Mapping[str, OptionValue],
-                   inode: int) -> bytes:
+                   inode: int, shut_read: bool = False) -> bytes:
     """The part of the image that can be made before the connection is held, since it hardly changes: the last few
     are remembered, so that making it again within the freeze costs nothing, on either side (`read_inet_sk`)."""
-    return _encode_inet_sk(flow, tcp_state, nonblocking, tuple(options.items()), inode)
+    return _encode_inet_sk(flow, tcp_state, nonblocking, tuple(options.items()), inode, shut_read)
 
 
 def read_inet_sk(data: bytes) -> dict[str, OptionValue]:
@@ -71,7 +73,7 @@ def decode(image: Image) -> ConnectionState:
     with explained():
         stream, received, outgoing = decode_stream(image.tcp_stream)
         extras = _decode_extras(image.extras)
-        flow, tcp_state, nonblocking, options = _decode_inet_sk(image.inet_sk, extras["scope_id"])
+        flow, tcp_state, nonblocking, options, shut_read = _decode_inet_sk(image.inet_sk, extras["scope_id"])
         timestamps = bool(stream.opt_mask & tcp.OPT_TIMESTAMPS)
         return ConnectionState(
             flow=flow, tcp_state=tcp_state, rcv_nxt=stream.inq_seq, received=received,
@@ -82,7 +84,8 @@ def decode(image: Image) -> ConnectionState:
             window=Window(stream.snd_wl1, stream.snd_wnd, stream.max_window, stream.rcv_wnd, stream.rcv_wup),
             timestamp=stream.timestamp if timestamps else None, ts_recent=extras["ts_recent"],
             congestion=Congestion(**extras["congestion"]),
-            options={**dict(options), **_decode_options_beside(extras["options"])}, nonblocking=nonblocking)
+            options={**dict(options), **_decode_options_beside(extras["options"])}, nonblocking=nonblocking,
+            fin_unsent=extras[_FIN_UNSENT], shut_read=shut_read)
 
 
 @contextlib.contextmanager
@@ -98,7 +101,7 @@ def explained() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=16)
 def _encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options: tuple[tuple[str, OptionValue], ...],
-                    inode: int) -> bytes:
+                    inode: int, shut_read: bool) -> bytes:
     kinds, values = messages(), dict(options)
     entry = kinds.inet_sk(
         id=1, ino=inode & 0xFFFFFFFF, family=flow.socket_family, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP,
@@ -110,6 +113,8 @@ def _encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options:
     for option in TABLE:
         if option.criu is not None and option.name in values:
             _set_field(entry, option, values[option.name])
+    if shut_read:
+        entry.shutdown = _SHUTDOWN_READ
     for name in ("so_sndbuf", "so_rcvbuf", "so_snd_tmo_sec", "so_snd_tmo_usec", "so_rcv_tmo_sec", "so_rcv_tmo_usec"):
         if not entry.opts.HasField(name):  # required by the message class
             setattr(entry.opts, name, 0)
@@ -117,14 +122,19 @@ def _encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options:
 
 
 @functools.lru_cache(maxsize=16)
-def _decode_inet_sk(data: bytes, scope_id: int) -> tuple[Flow, TcpState, bool, tuple[tuple[str, OptionValue], ...]]:
-    """(flow, TCP state, whether the descriptor does not block, the options that CRIU has fields for)."""
+def _decode_inet_sk(data: bytes, scope_id: int
+                    ) -> tuple[Flow, TcpState, bool, tuple[tuple[str, OptionValue], ...], bool]:
+    """(flow, TCP state, whether the descriptor does not block, the options that CRIU has fields for, whether the
+    program has shut down for reading)."""
     if len(data) > _ENTRY_LIMIT:
         raise ProtocolError("the inet_sk_entry is too long")
     entry = parse_entry(messages().inet_sk, data)
     options = [(option.name, value) for option in TABLE if option.criu is not None
                and (value := _get_field(entry, option)) is not None]
-    return flow_of_entry(entry, scope_id), TcpState(entry.state), bool(entry.flags & _O_NONBLOCK), tuple(options)
+    tcp_state = TcpState(entry.state)
+    # CRIU writes what the kernel has (sk_shutdown): a FIN that was received is in that, too.
+    shut_read = bool(entry.shutdown & _SHUTDOWN_READ) and tcp_state not in tcp.FIN_RECEIVED_STATES
+    return (flow_of_entry(entry, scope_id), tcp_state, bool(entry.flags & _O_NONBLOCK), tuple(options), shut_read)
 
 
 def _address_words(flow: Flow, packed: bytes) -> list[int]:
@@ -197,9 +207,11 @@ def decode_stream(data: bytes) -> tuple[Any, bytes, bytes]:
 
 def _encode_extras(state: ConnectionState) -> bytes:
     beside = {name: value for name, value in state.options.items() if BY_NAME[name].criu is None}
-    return json.dumps({"version": EXTRAS_VERSION, "scope_id": state.flow.scope_id, "ts_recent": state.ts_recent,
-                       "congestion": vars(state.congestion), "options": beside},
-                      sort_keys=True, separators=(",", ":")).encode()
+    extras = {"version": EXTRAS_VERSION, "scope_id": state.flow.scope_id, "ts_recent": state.ts_recent,
+              "congestion": vars(state.congestion), "options": beside}
+    if state.fin_unsent:
+        extras[_FIN_UNSENT] = True
+    return json.dumps(extras, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _decode_extras(text: bytes) -> dict[str, Any]:
@@ -209,7 +221,9 @@ def _decode_extras(text: bytes) -> dict[str, Any]:
     if extras.get("version") != EXTRAS_VERSION:
         raise ProtocolError(f"what travels beside the images has version {extras.get('version')}, "
                             f"this program reads {EXTRAS_VERSION}")
-    if set(extras) != {"version", "scope_id", "ts_recent", "congestion", "options"}:
+    if type(extras.setdefault(_FIN_UNSENT, False)) is not bool:
+        raise ProtocolError(f"{_FIN_UNSENT} is neither true nor false")
+    if set(extras) - {_FIN_UNSENT} != {"version", "scope_id", "ts_recent", "congestion", "options"}:
         raise ProtocolError("what travels beside the images has unknown or missing fields")
     if extras["ts_recent"] is not None:
         _number("ts_recent", extras["ts_recent"], 0, tcp.MODULUS - 1)

@@ -14,11 +14,17 @@ dormant, in repair, nothing leaves the host:
      since connect takes its unit from the route.
   7. The queues: received bytes; sent bytes, which go into the retransmit queue. Unsent bytes are not written here.
   8. The window, checked by the kernel against rcv_nxt, so after the receive queue.
-  9. A segment of the peer's, made here: it carries ts_recent, which has no setter, and the peer's FIN if that came.
+  9. Our FIN, if it was sent: shutdown() with the send queue selected puts it into the retransmit queue, unsent
+     (tcp_output.c, tcp_write_xmit). And a segment of the peer's, made here: it carries ts_recent, which has no setter,
+     the acknowledgement of our FIN if that came (FIN_WAIT2), and the peer's FIN if that came. Which of the two comes
+     first decides the state: LAST_ACK is the peer's first, CLOSING is ours. To a FIN behind ours the stack answers at
+     once (tcp_input.c, tcp_fin): only a rule keeps that from leaving the host.
 active, after the commit:
  10. The clock again, with the time that passed at the origin; only then may a segment leave the host. Then repair off:
      silent (-1), or with a probe (0) where the peer waits for an acknowledgement.
- 11. The unsent bytes: earlier than the final repair-off they can hang.
+ 11. The unsent bytes: earlier than the final repair-off they can hang. Then our FIN, if it waits behind them. A peer's
+     FIN has been received by then: CLOSING, in which ours was never on the wire, becomes LAST_ACK. The peer has not
+     seen ours when it sends its own, so that it is the peer that waits at the end (RFC 9293 3.6, TIME-WAIT).
  12. The options that repair overrides or that act at once.
 """
 
@@ -136,6 +142,18 @@ class InjectSegment:
 
 
 @dataclass(frozen=True)
+class QueueFin:
+    """Our FIN, behind what is in the send queue. `sent`: as one that was sent, into the retransmit queue, in repair."""
+
+    sent: bool
+
+
+@dataclass(frozen=True)
+class ShutRead:
+    """The program has shut down for reading."""
+
+
+@dataclass(frozen=True)
 class LeaveRepair:
     probe: bool
 
@@ -146,8 +164,8 @@ class WriteUnsent:
 
 
 Step = (SetOption | ForceBuffers | AllowAnyReuse | EnterRepair | BeTransparent | SetMaxSegment | LimitWindow | Bind
-        | SetSequence | Connect | SetNegotiated | SetTimestamp | FillQueue | SetWindow | InjectSegment | LeaveRepair
-        | WriteUnsent)
+        | SetSequence | Connect | SetNegotiated | SetTimestamp | FillQueue | SetWindow | InjectSegment | QueueFin
+        | ShutRead | LeaveRepair | WriteUnsent)
 
 
 def _options(state: ConnectionState, when: When, fresh: Mapping[str, OptionValue]) -> list[Step]:
@@ -172,7 +190,7 @@ def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | Non
                          BeTransparent(), *_options(state, When.BEFORE_BIND, fresh),
                          SetMaxSegment(min(negotiated.mss_clamp, tcp.MAX_MSS)),
                          *([] if negotiated.wscale else [LimitWindow(tcp.MAX_UNSCALED_WINDOW)]), Bind(state.flow.local),
-                         SetSequence("receive", state.copied_seq), SetSequence("send", state.snd_una),
+                         SetSequence("receive", state.copied_seq), SetSequence("send", state.first_outgoing),
                          Connect(state.flow.peer),
                          SetNegotiated(negotiated.mss_clamp,
                                        (negotiated.snd_wscale, negotiated.rcv_wscale) if negotiated.wscale else None,
@@ -189,13 +207,20 @@ def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | Non
     dormant_window = Window(window.snd_wl1, window.snd_wnd, window.max_window,
                             tcp.add(window.rcv_wnd, tcp.distance(window.rcv_wup, rcv_wup)), rcv_wup)
     steps.append(SetWindow(dormant_window))
-    if state.ts_recent is not None or fin:
+    fin_sent = state.fin_queued and not state.fin_unsent
+    if fin_sent and state.tcp_state is not TcpState.LAST_ACK:
+        steps.append(QueueFin(sent=True))
+    if state.ts_recent is not None or fin or state.tcp_state is TcpState.FIN_WAIT2:
         # rcv_wup, not rcv_nxt: with an acknowledgement owed, a segment at rcv_nxt leaves ts_recent alone (tcp_input.c,
         # tcp_replace_ts_recent).
         steps.append(InjectSegment(sequence=tcp.add(state.rcv_nxt, -1) if fin else rcv_wup,
                                    acknowledgement=state.snd_una,
                                    window=min(window.snd_wnd >> negotiated.snd_wscale, 65535),
                                    timestamp=state.ts_recent, fin=bool(fin)))
+    if fin_sent and state.tcp_state is TcpState.LAST_ACK:
+        steps.append(QueueFin(sent=True))
+    if state.shut_read:
+        steps.append(ShutRead())
     steps += _options(state, When.CONNECTED, fresh)
     return steps
 
@@ -208,13 +233,15 @@ def clock_steps(state: ConnectionState, elapsed_ms: int) -> list[Step]:
 
 def activation_steps(state: ConnectionState, written: int | None = None) -> list[Step]:
     """From dormant to alive. `written`: None for a dormant connection; for one that an interrupted activation left
-    alive, how many of the unsent bytes it wrote."""
+    alive, how many of the unsent bytes it wrote, one more with the FIN behind them."""
     steps: list[Step] = []
     if written is None:
         steps.append(LeaveRepair(probe=state.owes_ack and state.tcp_state is TcpState.ESTABLISHED))
     unsent = state.unsent_bytes[written or 0:]
     if unsent:
         steps.append(WriteUnsent(unsent))
+    if state.fin_unsent and (written or 0) <= state.unsent:
+        steps.append(QueueFin(sent=False))
     steps += _options(state, When.RUNNING, {})
     return steps
 

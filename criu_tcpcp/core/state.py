@@ -6,10 +6,14 @@
        what the program    what the peer                  in flight,      not yet on
        has not read yet    may still send                 not acked       the wire
 
-    copied_seq = rcv_nxt - len(received) - fin            snd_una = write_seq - len(outgoing)
-    snd_nxt = write_seq - unsent
+    copied_seq = rcv_nxt - len(received) - fin_received
+    snd_una = write_seq - len(outgoing) - fin_outstanding
+    snd_nxt = write_seq - unsent - fin_unsent
 
-`fin` is 1 once the peer's FIN has arrived (CLOSE_WAIT): it takes one sequence number, so `rcv_nxt` stands behind it.
+A FIN takes one sequence number behind the last byte. `fin_received` is 1 once the peer's has arrived: `rcv_nxt` stands
+behind it. `fin_queued` is 1 once the program has shut down for writing: `write_seq` stands behind our FIN then, which
+waits like a byte (`fin_unsent`), is in flight, or is acknowledged (FIN_WAIT2, where it is not outstanding any more).
+As in CRIU's images, `rcv_nxt` and `write_seq` count a FIN, and the lengths of the queues do not.
 A `ConnectionState` validates itself when made, because it may come from another host: what passes is bounded and
 consistent, though it may still be a lie (who may tell it is decided elsewhere).
 """
@@ -66,7 +70,8 @@ class Congestion:
 @dataclass(frozen=True)
 class ConnectionState:
     """See the module's drawing. `timestamp`: the TSval clock, milliseconds; `ts_recent`: the peer's last TSval, the
-    TSecr of our next segment; both None where timestamps were not negotiated."""
+    TSecr of our next segment; both None where timestamps were not negotiated. `fin_unsent`: our FIN was not sent yet.
+    `shut_read`: the program has shut down for reading, which no state of TCP tells."""
 
     flow: Flow
     tcp_state: TcpState
@@ -82,6 +87,8 @@ class ConnectionState:
     congestion: Congestion
     options: Mapping[str, OptionValue]
     nonblocking: bool = False
+    fin_unsent: bool = False
+    shut_read: bool = False
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -96,6 +103,9 @@ class ConnectionState:
             (all(0 <= number < tcp.MODULUS for number in numbers), "a number is outside 0..2^32-1"),
             (len(self.received) <= MAX_QUEUE and len(self.outgoing) <= MAX_QUEUE, "a queue is over 1 GiB"),
             (0 <= self.unsent <= len(self.outgoing), "more bytes unsent than are in the send queue"),
+            (not self.outgoing or self.tcp_state is not TcpState.FIN_WAIT2, "bytes in front of an acknowledged FIN"),
+            (not self.fin_unsent or bool(self.fin_outstanding), "no FIN is there that could be unsent"),
+            (not self.unsent or self.fin_unsent == bool(self.fin_queued), "bytes unsent in front of a sent FIN"),
             (tcp.MIN_MSS <= negotiated.mss_clamp <= 65535, f"an MSS of {negotiated.mss_clamp} is out of bounds"),
             (max(negotiated.snd_wscale, negotiated.rcv_wscale) <= tcp.MAX_WSCALE
              and min(negotiated.snd_wscale, negotiated.rcv_wscale) >= 0, "a window scale is over 14 (RFC 7323 2.3)"),
@@ -110,15 +120,29 @@ class ConnectionState:
 
     @property
     def fin_received(self) -> int:
-        return 1 if self.tcp_state is TcpState.CLOSE_WAIT else 0
+        return 1 if self.tcp_state in tcp.FIN_RECEIVED_STATES else 0
+
+    @property
+    def fin_queued(self) -> int:
+        return 1 if self.tcp_state in tcp.FIN_QUEUED_STATES else 0
+
+    @property
+    def fin_outstanding(self) -> int:
+        """Our FIN is not acknowledged."""
+        return 1 if self.fin_queued and self.tcp_state is not TcpState.FIN_WAIT2 else 0
 
     @property
     def snd_una(self) -> int:
-        return tcp.add(self.write_seq, -len(self.outgoing))
+        return tcp.add(self.write_seq, -len(self.outgoing) - self.fin_outstanding)
+
+    @property
+    def first_outgoing(self) -> int:
+        """The sequence number at which the send queue begins: that of our FIN, where that is all that there was."""
+        return tcp.add(self.write_seq, -len(self.outgoing) - self.fin_queued)
 
     @property
     def snd_nxt(self) -> int:
-        return tcp.add(self.write_seq, -self.unsent)
+        return tcp.add(self.write_seq, -self.unsent - self.fin_unsent)
 
     @property
     def copied_seq(self) -> int:

@@ -36,8 +36,12 @@ class TcpState(enum.IntEnum):
         return {1: "ESTAB", 4: "FIN-WAIT-1", 5: "FIN-WAIT-2", 7: "UNCONN"}.get(self, self.name.replace("_", "-"))
 
 
-#: The states that can be passed; the peer's FIN has arrived in the second.
-PASSABLE_STATES = frozenset({TcpState.ESTABLISHED, TcpState.CLOSE_WAIT})
+#: The peer's FIN has arrived.
+FIN_RECEIVED_STATES = frozenset({TcpState.CLOSE_WAIT, TcpState.CLOSING, TcpState.LAST_ACK})
+#: The program has shut down for writing: our FIN stands at the end of the send queue, or was sent already.
+FIN_QUEUED_STATES = frozenset({TcpState.FIN_WAIT1, TcpState.FIN_WAIT2, TcpState.CLOSING, TcpState.LAST_ACK})
+#: The states that can be passed: the connection is there for both sides, and a program may have it.
+PASSABLE_STATES = FIN_RECEIVED_STATES | FIN_QUEUED_STATES | {TcpState.ESTABLISHED}
 
 
 def add(sequence: int, count: int) -> int:

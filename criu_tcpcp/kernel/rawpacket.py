@@ -112,10 +112,10 @@ class Injector:
                                flags=ACK | (FIN if segment.fin else 0), window=segment.window, timestamps=stamps)
         self._send(flow, packet)
 
-    def deliver_old_byte(self, flow: Flow, sequence: int, acknowledgement: int) -> None:
-        """A byte that was received long ago: the socket answers with a duplicate ACK (RFC 9293 3.10.7.4)."""
+    def deliver_old(self, flow: Flow, sequence: int, acknowledgement: int, payload: bytes) -> None:
+        """What was received long ago (kernel/timestamps.py)."""
         self._send(flow, build_segment(flow.peer, flow.local, sequence=sequence, acknowledgement=acknowledgement,
-                                       flags=ACK, window=0, payload=b"\0"))
+                                       flags=ACK, window=0, payload=payload))
 
     def knock(self, flow: Flow) -> None:
         """Show a segment of the flow without any flag to this host's rules (kernel/rules.py, `gate`), which let it go

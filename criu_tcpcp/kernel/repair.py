@@ -31,16 +31,19 @@ from ..core.restoreplan import (
     InjectSegment,
     LeaveRepair,
     LimitWindow,
+    QueueFin,
     SetMaxSegment,
     SetNegotiated,
     SetOption,
     SetSequence,
     SetTimestamp,
     SetWindow,
+    ShutRead,
     Step,
     WriteUnsent,
 )
 from ..core.state import Congestion, ConnectionState, Negotiated, Window
+from ..core.tcp import TcpState
 from . import sockopt, tcpinfo
 from .syscalls import failing
 
@@ -116,6 +119,12 @@ def window_edges(sock: socket.socket) -> tuple[int, int]:
         return _read_window(sock).rcv_wup, snd_una
 
 
+def owes_ack(sock: socket.socket) -> bool:
+    """The peer has sent what no segment of ours has acknowledged. Enters and leaves repair."""
+    with in_repair(sock):
+        return _sequence(sock, _RECV_QUEUE) != _read_window(sock).rcv_wup
+
+
 def _read_window(sock: socket.socket) -> Window:
     with failing("getsockopt(TCP_REPAIR_WINDOW)"):
         return Window(*_WINDOW.unpack(sock.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, _WINDOW.size)))
@@ -134,6 +143,7 @@ def read_state(sock: socket.socket, options: dict[str, OptionValue], nonblocking
     out to be one that cannot be carried."""
     flow = tcpinfo.flow_of(sock)
     info = tcpinfo.read(sock)
+    shut_read = info.state not in tcp.FIN_RECEIVED_STATES and tcpinfo.reads_end(sock)
     peek_offset = options.get("SO_PEEK_OFF", -1)
     if peek_offset != -1:  # it would shift what is peeked
         with failing("setsockopt(SO_PEEK_OFF)"):
@@ -143,9 +153,11 @@ def read_state(sock: socket.socket, options: dict[str, OptionValue], nonblocking
             # Before the send queue is selected: while it is, what a timer sends (pacing, small queues) is counted as
             # sent and never leaves (net/ipv4/tcp_output.c, tcp_write_xmit: "skip network transmission").
             unsent = tcpinfo.unsent_bytes(sock)
+            fin_outstanding = int(info.state in tcp.FIN_QUEUED_STATES and info.state is not TcpState.FIN_WAIT2)
+            fin_unsent = bool(fin_outstanding and unsent)  # nothing can be unsent in front of a FIN that was sent
             rcv_nxt, write_seq = _sequence(sock, _RECV_QUEUE), _sequence(sock, _SEND_QUEUE)
             unread, outstanding = tcpinfo.unread_bytes(sock), tcpinfo.unacknowledged_bytes(sock)
-            outgoing = _peek(sock, _SEND_QUEUE, outstanding, _PEEK_SLACK)
+            outgoing = _peek(sock, _SEND_QUEUE, outstanding - fin_outstanding, _PEEK_SLACK)
             received = _peek(sock, _RECV_QUEUE, unread, 0)
             mss_clamp = _get(sock, "TCP_MAXSEG", TCP_MAXSEG)
             timestamp = _get(sock, "TCP_TIMESTAMP", TCP_TIMESTAMP)
@@ -161,7 +173,7 @@ def read_state(sock: socket.socket, options: dict[str, OptionValue], nonblocking
     try:
         return ConnectionState(
             flow=flow, tcp_state=info.state, rcv_nxt=rcv_nxt, received=received, write_seq=write_seq,
-            outgoing=outgoing, unsent=unsent,
+            outgoing=outgoing, unsent=unsent - fin_unsent, fin_unsent=fin_unsent, shut_read=shut_read,
             negotiated=Negotiated(mss_clamp, bool(has & tcp.OPT_WSCALE), info.snd_wscale, info.rcv_wscale,
                                   bool(has & tcp.OPT_SACK), timestamps, bool(has & tcp.OPT_ECN)),
             window=window, timestamp=timestamp if timestamps else None, ts_recent=ts_recent if timestamps else None,
@@ -247,6 +259,11 @@ class Restorer:
                 self.reports += [report] if report else []
             case LeaveRepair(probe):
                 set_repair(sock, REPAIR_OFF_PROBE if probe else REPAIR_OFF_SILENT)
+            case QueueFin(sent):
+                self._queue_fin(sent)
+            case ShutRead():
+                with failing("shutdown(SHUT_RD)"):
+                    sock.shutdown(socket.SHUT_RD)
             case WriteUnsent(data):
                 self._write(data)
 
@@ -287,6 +304,15 @@ class Restorer:
                 chunk //= 2
         _set(self.sock, "TCP_REPAIR_QUEUE", TCP_REPAIR_QUEUE, _NO_QUEUE)
 
+    def _queue_fin(self, sent: bool) -> None:
+        """shutdown() sends a FIN even in repair, unless the send queue is selected."""
+        if sent:
+            _set(self.sock, "TCP_REPAIR_QUEUE", TCP_REPAIR_QUEUE, _SEND_QUEUE)
+        with failing("shutdown(SHUT_WR)"):
+            self.sock.shutdown(socket.SHUT_WR)
+        if sent:
+            _set(self.sock, "TCP_REPAIR_QUEUE", TCP_REPAIR_QUEUE, _NO_QUEUE)
+
     def _write(self, data: bytes) -> None:
         """The unsent bytes go into the send queue at once: its buffer was made large enough for all of them. Only where
         the kernel is short of memory for all of TCP must they wait for acknowledgements."""
@@ -303,7 +329,7 @@ class Restorer:
 
 
 def written_since(sock: socket.socket, state: ConnectionState) -> int:
-    """How many of the state's unsent bytes are in the restored socket's send queue already."""
+    """How many of the state's unsent bytes are in the restored socket's send queue already, its FIN counted."""
     return tcp.distance(sequences(sock)[1], state.snd_nxt)
 
 

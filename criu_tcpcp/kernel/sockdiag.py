@@ -14,6 +14,7 @@ import struct
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
+from ..core import tcp
 from ..core.endpoint import Endpoint, Flow, IPAddress
 from ..core.errors import KernelError
 from ..core.tcp import TcpState
@@ -32,7 +33,6 @@ _HEAD = struct.Struct("=BB2xHH16s16sIQIIIII")  # struct inet_diag_msg; ports and
 _INODE, _INODE_AT = struct.Struct("=I"), 68
 _ATTRIBUTE = struct.Struct("=HH")
 _MAPPED = bytes(10) + b"\xff\xff"  # of an IPv4 address in an IPv6 socket
-_PEER_HAS_ENDED = frozenset({TcpState.CLOSE_WAIT, TcpState.LAST_ACK, TcpState.CLOSING})
 _UNOWNED = (1 << TcpState.TIME_WAIT) | (1 << TcpState.SYN_RECV) | (1 << TcpState.NEW_SYN_RECV)
 
 
@@ -83,7 +83,8 @@ class Listener:
 @dataclass(frozen=True)
 class Known:
     """What the kernel tells of a program's TCP socket. `flow`: None where it listens; `unread` bytes without the peer's
-    FIN; `options` as tcpi_options; `upper`: the protocol that runs inside the kernel on top of it, or ''."""
+    FIN, `unacknowledged` without ours; `options` as tcpi_options; `upper`: the protocol that runs inside the kernel on
+    top of it, or ''."""
 
     state: TcpState
     inode: int
@@ -136,9 +137,10 @@ def _known(body: memoryview, addresses: dict[bytes, IPAddress]) -> Known:
             address = addresses[packed] = ipaddress.ip_address(plain)
         ends.append(Endpoint(address, socket.ntohs(port)))
     scope = interface if interface and ends[1].address.is_link_local and ends[1].address.version == 6 else 0
-    has_fin = state in _PEER_HAS_ENDED and unread > 0
-    return Known(TcpState(state), inode, cookie, Flow(ends[0], ends[1], mapped, scope), unread - has_fin, outgoing,
-                 options, upper)
+    has_fin = state in tcp.FIN_RECEIVED_STATES and unread > 0
+    has_sent_fin = state in tcp.FIN_QUEUED_STATES and outgoing > 0
+    return Known(TcpState(state), inode, cookie, Flow(ends[0], ends[1], mapped, scope), unread - has_fin,
+                 outgoing - has_sent_fin, options, upper)
 
 
 def state_of(flow: Flow) -> TcpState | None:

@@ -75,12 +75,12 @@ def unread_bytes(sock: socket.socket) -> int:
 
 
 def unacknowledged_bytes(sock: socket.socket) -> int:
-    """write_seq - snd_una: in flight and unsent."""
+    """write_seq - snd_una: in flight and unsent. Our FIN counts as one as long as it is not acknowledged."""
     return _ioctl(sock, "ioctl(SIOCOUTQ)", SIOCOUTQ)
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """write_seq - snd_nxt."""
+    """write_seq - snd_nxt. Our FIN counts as one as long as it was not sent."""
     return _ioctl(sock, "ioctl(SIOCOUTQNSD)", _SIOCOUTQNSD)
 
 
@@ -115,6 +115,14 @@ def has_urgent_data(sock: socket.socket) -> bool:
     """Urgent data is waiting: no repair interface carries it, and it would leave a silent hole."""
     poller = select.poll()
     poller.register(sock, select.POLLPRI)
+    return bool(poller.poll(0))
+
+
+def reads_end(sock: socket.socket) -> bool:
+    """Behind what is in the receive queue the program reads the end of the stream: the peer's FIN has arrived, or the
+    program has shut down for reading (net/ipv4/tcp.c, tcp_poll)."""
+    poller = select.poll()
+    poller.register(sock, select.POLLRDHUP)
     return bool(poller.poll(0))
 
 

@@ -17,7 +17,7 @@ from ..core.state import MAX_CARRIED, ConnectionState
 from ..kernel import repair, tcpinfo
 from ..kernel.rawpacket import Injector, Sniffer
 from ..kernel.rules import MARK
-from ..kernel.timestamps import learn_ts_recent
+from ..kernel.timestamps import learn_ts_recent, pay_acknowledgement
 from ..rehearsal import rehearse, warm_up
 from .process import OriginProcess
 
@@ -32,23 +32,24 @@ class Extraction:
     def __init__(self, program: OriginProcess, flow: Flow, inode: int) -> None:
         self._program, self._flow, self._inode = program, flow, inode
         self._sniffer: Sniffer | None = None
-        self._injector: Injector | None = None
+        self._injector = Injector(flow.ip_version, MARK)
         self._ts_recent: int | None = None
         self._state: ConnectionState | None = None
         self._image: Image | None = None
         self._rehearsed = rehearse(flow.ip_version)
         if tcpinfo.read(program.need_socket()).options & tcp.OPT_TIMESTAMPS:
             self._sniffer = Sniffer(flow)
-            self._injector = Injector(flow.ip_version, MARK)
 
     def warm_up(self) -> None:
         """Just before it counts, on what the rehearsal read."""
         warm_up(self._rehearsed)
 
     def probe(self) -> None:
-        if self._sniffer is not None and self._injector is not None:
-            self._ts_recent = learn_ts_recent(self._program.need_socket(), self._flow, self._sniffer, self._injector,
-                                              _PROBE_TIMEOUT_S)
+        sock = self._program.need_socket()
+        if self._sniffer is not None:
+            self._ts_recent = learn_ts_recent(sock, self._flow, self._sniffer, self._injector, _PROBE_TIMEOUT_S)
+        else:
+            pay_acknowledgement(sock, self._flow, self._injector)
 
     def read(self, beside: int) -> ConnectionState:
         """Behind the silence: what the kernel still sent by its timers would be unsent in the state, and the

@@ -174,8 +174,11 @@ class OriginProcess:
 
     def _unanswered(self) -> str | None:
         """Why another program could not go on here: this one has read something, and has sent nothing since. The
-        kernel's clock for that has ticks of 1 to 10 ms (CONFIG_HZ); within one tick, an answer is believed."""
+        kernel's clock for that has ticks of 1 to 10 ms (CONFIG_HZ); within one tick, an answer is believed. One that
+        has shut down for writing answers nothing any more."""
         info = tcpinfo.read(self.need_socket())
+        if info.state in tcp.FIN_QUEUED_STATES:
+            return None
         owes = info.last_data_recv_ms < info.last_data_sent_ms or not info.data_segments_out
         return "what the peer said last is not answered" if owes and info.data_segments_in else None
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from criu_tcpcp.core import criu
 from criu_tcpcp.core.errors import ProtocolError
-from criu_tcpcp.core.image import Image, decode, encode
+from criu_tcpcp.core.image import Image, decode, decode_stream, encode
 from criu_tcpcp.core.options import TABLE, Form
 from criu_tcpcp.core.state import ConnectionState, Negotiated, Window
 from criu_tcpcp.core.tcp import TcpState
@@ -282,6 +282,22 @@ def test_damage_is_refused_or_a_sound_state(name: str, part: str, data: st.DataO
 def test_noise_is_refused(one: bytes, two: bytes, three: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode(Image(one, two, three))
+
+
+@pytest.mark.parametrize("value", [0, 1, "", None, []])
+def test_whether_our_fin_was_sent_is_true_or_false(value: Any) -> None:
+    image = encode(plain(options=OPTIONS))
+    with pytest.raises(ProtocolError, match="fin_unsent"):
+        decode(replace(image, extras=json.dumps({**json.loads(image.extras), "fin_unsent": value}).encode()))
+
+
+def test_a_fin_is_counted_as_criu_counts_it() -> None:
+    """In the sequence numbers, not in the lengths of the queues (CRIU, soccr/soccr.c, refresh_sk)."""
+    state = plain(options=OPTIONS, tcp_state=TcpState.CLOSING, fin_unsent=True, rcv_nxt=1000, write_seq=5000)
+    stream, received, outgoing = decode_stream(encode(state).tcp_stream)
+    assert (stream.inq_seq, stream.outq_seq) == (1000, 5000)
+    assert (stream.inq_len, stream.outq_len, stream.unsq_len) == (5, 10, 3) == (len(received), len(outgoing), 3)
+    assert decode(encode(state)) == state
 
 
 def test_a_fin_that_was_not_acknowledged_yet_survives() -> None:

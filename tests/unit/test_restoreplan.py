@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import UnionType
 from typing import TypeVar
 
 from hypothesis import given
@@ -21,12 +22,14 @@ from criu_tcpcp.core.restoreplan import (
     InjectSegment,
     LeaveRepair,
     LimitWindow,
+    QueueFin,
     SetMaxSegment,
     SetNegotiated,
     SetOption,
     SetSequence,
     SetTimestamp,
     SetWindow,
+    ShutRead,
     Step,
     WriteUnsent,
     activation_steps,
@@ -61,7 +64,7 @@ def only(steps: list[Step], kind: type[T]) -> T:
     return found
 
 
-def every(steps: list[Step], kind: type[T]) -> list[T]:
+def every(steps: list[Step], kind: type[T] | UnionType) -> list[T]:
     return [step for step in steps if isinstance(step, kind)]
 
 
@@ -124,6 +127,8 @@ def test_an_interrupted_activation_writes_only_the_rest(state: ConnectionState, 
     written = data.draw(st.integers(0, state.unsent))
     steps = activation_steps(state, written)
     assert b"".join(step.data for step in every(steps, WriteUnsent)) == state.unsent_bytes[written:]
+    assert len(every(steps, QueueFin)) == state.fin_unsent
+    assert not every(activation_steps(state, state.unsent + 1), QueueFin | WriteUnsent)  # the FIN is in, too
     assert not every(steps, LeaveRepair)  # it is alive: neither probe nor clock may touch it again
     assert not every(steps, SetTimestamp)
 
@@ -145,11 +150,32 @@ def test_the_queues_end_where_the_state_says(state: ConnectionState) -> None:
     fin = sum(step.fin for step in every(steps, InjectSegment))
     assert tcp.add(at["receive"], filled.get("receive", 0) + fin) == state.rcv_nxt
     unsent = sum(len(step.data) for step in every(alive_steps(state), WriteUnsent))
-    assert tcp.add(at["send"], filled.get("send", 0) + unsent) == state.write_seq
-    assert fin == (state.tcp_state is TcpState.CLOSE_WAIT)
+    ours = len(every(steps + alive_steps(state), QueueFin))
+    assert tcp.add(at["send"], filled.get("send", 0) + unsent + ours) == state.write_seq
+    assert fin == (state.tcp_state in tcp.FIN_RECEIVED_STATES)
+    assert ours == (state.tcp_state in tcp.FIN_QUEUED_STATES)
     buffers = only(steps, ForceBuffers)
     assert buffers.receive >= 2 * len(state.received)
     assert buffers.send >= 2 * len(state.outgoing)
+
+
+@given(states())
+def test_the_two_ends_of_the_streams_come_in_the_order_that_makes_the_state(state: ConnectionState) -> None:
+    """The first FIN decides (RFC 9293 3.3.2): the peer's leads to LAST_ACK, ours to CLOSING. One that was not sent is
+    written behind the bytes that were not sent."""
+    dormant, alive = dormant_steps(state), alive_steps(state)
+    queued = [number for number, step in enumerate(dormant) if step == QueueFin(sent=True)]
+    assert len(queued) == (state.fin_queued and not state.fin_unsent)
+    assert [step.sent for step in every(alive, QueueFin)] == [False] * state.fin_unsent
+    for number in queued:
+        assert number > where(dormant, SetWindow)
+        assert number > max(apart(dormant).values())
+        if every(dormant, InjectSegment):
+            assert (number < where(dormant, InjectSegment)) == (state.tcp_state is not TcpState.LAST_ACK)
+    if state.fin_unsent:
+        assert where(alive, QueueFin) > max(where(alive, LeaveRepair),
+                                            where(alive, WriteUnsent) if state.unsent else 0)
+    assert bool(every(dormant, ShutRead)) == state.shut_read
 
 
 @given(states())
@@ -168,7 +194,8 @@ def test_the_kernel_takes_the_window(state: ConnectionState) -> None:
 def test_the_made_segment_is_one_that_the_stack_accepts(state: ConnectionState) -> None:
     steps = dormant_steps(state)
     made = every(steps, InjectSegment)
-    assert bool(made) == (state.negotiated.timestamps or state.tcp_state is TcpState.CLOSE_WAIT)
+    assert bool(made) == (state.negotiated.timestamps or state.fin_received == 1
+                          or state.tcp_state is TcpState.FIN_WAIT2)
     for segment in made:
         assert segment.timestamp == state.ts_recent
         assert segment.acknowledgement == state.snd_una  # acknowledges nothing anew

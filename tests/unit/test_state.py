@@ -19,11 +19,15 @@ from states import plain, states
 
 @given(states())
 def test_the_identities_of_the_drawing(state: ConnectionState) -> None:
-    fin = int(state.tcp_state is TcpState.CLOSE_WAIT)
+    fin = int(state.tcp_state in {TcpState.CLOSE_WAIT, TcpState.CLOSING, TcpState.LAST_ACK})
     assert tcp.distance(state.rcv_nxt, state.copied_seq) == len(state.received) + fin
-    assert tcp.distance(state.write_seq, state.snd_una) == len(state.outgoing)
-    assert tcp.distance(state.write_seq, state.snd_nxt) == state.unsent == len(state.unsent_bytes)
-    assert tcp.distance(state.snd_nxt, state.snd_una) == len(state.sent)
+    ours = int(state.tcp_state in {TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK})  # not acknowledged
+    assert tcp.distance(state.write_seq, state.snd_una) == len(state.outgoing) + ours
+    assert tcp.distance(state.write_seq, state.snd_nxt) == state.unsent + state.fin_unsent
+    assert state.unsent == len(state.unsent_bytes)
+    assert tcp.distance(state.snd_nxt, state.snd_una) == len(state.sent) + ours - state.fin_unsent
+    acknowledged = int(state.tcp_state is TcpState.FIN_WAIT2)
+    assert tcp.distance(state.snd_una, state.first_outgoing) == acknowledged
     assert state.sent + state.unsent_bytes == state.outgoing
     assert state.owes_ack == (state.window.rcv_wup != state.rcv_nxt)
 
@@ -35,8 +39,8 @@ def test_the_identities_across_the_wrap() -> None:
 
 @given(states())
 def test_payload_is_never_shown(state: ConnectionState) -> None:
-    secret = replace(state, received=b"SECRETin" * 2, outgoing=b"SECRETout" * 2, unsent=3,
-                     window=replace(state.window, rcv_wup=state.rcv_nxt))
+    secret = replace(state, received=b"SECRETin" * 2, outgoing=b"SECRETout" * 2, unsent=3, fin_unsent=False,
+                     tcp_state=TcpState.CLOSE_WAIT, window=replace(state.window, rcv_wup=state.rcv_nxt))
     assert "SECRET" not in repr(secret)
     assert "SECRET" not in str(secret)
 
@@ -46,6 +50,10 @@ def test_payload_is_never_shown(state: ConnectionState) -> None:
     ({"unsent": 11}, "unsent"), ({"unsent": -1}, "unsent"),
     ({"rcv_nxt": 1 << 32}, "outside"), ({"rcv_nxt": -1}, "outside"), ({"write_seq": 1 << 32}, "outside"),
     ({"timestamp": 1 << 32}, "outside"), ({"ts_recent": -1}, "outside"),
+    ({"tcp_state": TcpState.FIN_WAIT2}, "in front of an acknowledged FIN"),
+    ({"tcp_state": TcpState.FIN_WAIT1}, "in front of a sent FIN"),
+    ({"fin_unsent": True}, "no FIN is there"), ({"fin_unsent": True, "unsent": 0}, "no FIN is there"),
+    ({"tcp_state": TcpState.FIN_WAIT2, "outgoing": b"", "unsent": 0, "fin_unsent": True}, "no FIN is there"),
     ({"timestamp": None}, "timestamps"), ({"ts_recent": None}, "timestamps"),
     ({"timestamp": None, "ts_recent": None}, "timestamps"),
     ({"negotiated": Negotiated(1460, True, 7, 8, True, False)}, "timestamps"),

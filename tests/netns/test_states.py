@@ -1,0 +1,70 @@
+"""Every state that an endpoint can be in, with every kind of queue: what is read and re-created is the same connection,
+the peer gets every byte and both ends, and nothing that the peer sees contradicts what it saw before."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from cells import STATES, Cell, Play, S, came_alive, matches, pairwise, play, product
+from criu_tcpcp.kernel import tcpinfo
+from endpoints import private_loopback
+
+pytestmark = pytest.mark.root
+
+ALL = list(product())
+FEW = pairwise(ALL)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with private_loopback():
+        yield
+
+
+@pytest.mark.parametrize("cell", FEW, ids=str)
+def test_a_cell_of_the_matrix(cell: Cell) -> None:
+    play(cell)
+
+
+def plain(state: S, received: str = "some", outgoing: str = "empty") -> Cell:
+    return Cell(state, received, outgoing, timestamps=True, sack=True, scaling=True, ecn=False, family="v4")
+
+
+@pytest.mark.parametrize("state", [one for one in STATES if one not in (S.CLOSE_WAIT, S.CLOSING, S.LAST_ACK)],
+                         ids=lambda one: one.label)
+def test_a_program_that_has_shut_down_for_reading_reads_the_end_there_too(state: S) -> None:
+    cell = plain(state)
+    this = Play(cell)
+    try:
+        this.arrange()
+        this.moving.shutdown(socket.SHUT_RD)
+        read = this.read()
+        matches(cell, read, this)
+        assert read.shut_read
+        this.move(read)
+        came_alive(cell, read, this.moving)
+        assert tcpinfo.reads_end(this.moving)
+        assert this.moving.recv(10_000) == this.to_us
+        assert this.moving.recv(1) == b""
+    finally:
+        this.close()
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda one: one.label)
+@pytest.mark.parametrize("outgoing", ["empty", "in flight", "unsent"])
+def test_after_a_reading_that_came_to_nothing_the_old_endpoint_goes_on(state: S, outgoing: str) -> None:
+    cell = plain(state, outgoing=outgoing)
+    if not cell.can_be:
+        return
+    this = Play(cell)
+    try:
+        this.arrange()
+        first, second = this.read(), this.read()
+        assert (first.rcv_nxt, first.write_seq, first.tcp_state) == (second.rcv_nxt, second.write_seq, state)
+        this.finish()
+        this.judge()
+    finally:
+        this.close()
