@@ -113,17 +113,20 @@ def bytes_below(sock: socket.socket) -> int:
 
 def has_urgent_data(sock: socket.socket) -> bool:
     """Urgent data is waiting: no repair interface carries it, and it would leave a silent hole."""
-    poller = select.poll()
-    poller.register(sock, select.POLLPRI)
-    return bool(poller.poll(0))
+    return _polls(sock, select.POLLPRI)
 
 
 def reads_end(sock: socket.socket) -> bool:
     """Behind what is in the receive queue the program reads the end of the stream: the peer's FIN has arrived, or the
     program has shut down for reading (net/ipv4/tcp.c, tcp_poll)."""
+    return _polls(sock, select.POLLRDHUP)
+
+
+def _polls(sock: socket.socket, event: int) -> bool:
+    """Others come unasked: POLLHUP once both directions have ended, POLLERR."""
     poller = select.poll()
-    poller.register(sock, select.POLLRDHUP)
-    return bool(poller.poll(0))
+    poller.register(sock, event)
+    return any(found & event for _number, found in poller.poll(0))
 
 
 def flow_of(sock: socket.socket) -> Flow:
