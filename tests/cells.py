@@ -20,11 +20,12 @@ from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.core.restoreplan import InjectSegment, activation_steps, clock_steps
 from criu_tcpcp.core.state import ConnectionState
 from criu_tcpcp.core.tcp import TcpState
-from criu_tcpcp.kernel import repair, tcpinfo
+from criu_tcpcp.kernel import repair, sockopt, tcpinfo
 from criu_tcpcp.kernel.rawpacket import Injector
 from criu_tcpcp.kernel.rules import MARK, Silence
+from criu_tcpcp.kernel.timestamps import pay_acknowledgement
 from criu_tcpcp.verify import builder
-from endpoints import FAMILIES, acknowledge_part, learn, pair, read, receive, restore
+from endpoints import FAMILIES, acknowledge_part, learn, pair, receive, restore
 from waiting import until
 
 S = TcpState
@@ -155,6 +156,7 @@ class Play:
         self.moving, self.peer = pair(cell.family)
         self.flow = tcpinfo.flow_of(self.moving)
         self.wall = Wall(self.flow)
+        self.silence = contextlib.ExitStack()
         self.to_us, self.to_peer = b"", b""  # what either program still has to read
         self.fin_unsent = False
         self.beyond = b""  # what the peer has written, and cannot send yet
@@ -244,7 +246,20 @@ class Play:
     # -- the pass ------------------------------------------------------------------------------------------------------
 
     def read(self) -> ConnectionState:
-        return read(self.moving, self.injector)
+        """Behind the silence, as in a pass: a timer that fires between the reading and the end would send more."""
+        sock = self.moving
+        sock.settimeout(None)  # as a borrowed socket is: with a time-out, Python would wait where the kernel would not
+        recent = learn(sock, self.flow, self.injector) if self.cell.timestamps else None
+        if recent is None:
+            pay_acknowledgement(sock, self.flow, self.injector)
+        silence = Silence(self.flow.ip_version)
+        self.silence.callback(silence.close)
+        silence.add(self.flow)
+        return repair.read_state(sock, sockopt.read_all(sock), False, recent)
+
+    def resume(self) -> None:
+        """The pass came to nothing."""
+        self.silence.close()
 
     def move(self, state: ConnectionState) -> None:
         """To a new socket; `moving` is that from here on. Nothing leaves until it is alive."""
@@ -252,12 +267,10 @@ class Play:
         before = self.recorder.packets_from(self.flow)
         repair.end_silently(self.moving)
         self.moving.close()
-        silence = Silence(self.flow.ip_version)
-        silence.add(self.flow)
         self.moving, restorer = restore(state, self.injector)
         restorer.run(clock_steps(state, 1))
         assert self.recorder.packets_from(self.flow) == before, "something left meanwhile"
-        silence.close()
+        self.silence.close()
         restorer.run(activation_steps(state))
         assert restorer.reports == []
         assert not repair.is_in_repair(self.moving)
@@ -313,7 +326,7 @@ class Play:
             self.cell.timestamps, self.cell.sack, self.cell.scaling)
 
     def close(self) -> None:
-        for part in (self.moving, self.peer, self.recorder, self.injector):
+        for part in (self.moving, self.peer, self.recorder, self.injector, self.silence):
             part.close()
         self.wall.fall()
 

@@ -62,7 +62,10 @@ def test_after_a_reading_that_came_to_nothing_the_old_endpoint_goes_on(state: S,
     this = Play(cell)
     try:
         this.arrange()
-        first, second = this.read(), this.read()
+        first = this.read()
+        this.resume()
+        second = this.read()
+        this.resume()
         assert (first.rcv_nxt, first.write_seq, first.tcp_state) == (second.rcv_nxt, second.write_seq, state)
         this.finish()
         this.judge()
