@@ -357,6 +357,8 @@ def came_alive(cell: Cell, state: ConnectionState, sock: socket.socket) -> None:
     assert repair.sequences(sock) == (state.rcv_nxt, state.write_seq)
     assert tcpinfo.unread_bytes(sock) == len(state.received)
     assert repair.window_edges(sock)[1] == state.snd_una
+    if cell.outgoing == "corked":
+        assert tcpinfo.unsent_bytes(sock) == state.unsent == 100, "a tail that the program holds back was pushed out"
 
 
 def play(cell: Cell) -> None:

@@ -31,7 +31,8 @@ class When(enum.IntEnum):
 
     BEFORE_BIND = 1
     CONNECTED = 2  # in repair: nothing that it triggers leaves the host
-    RUNNING = 3  # after the last repair-off, which clears or overrides it
+    ALIVE = 3  # after the last repair-off, before the unsent bytes: it says how they are sent
+    RUNNING = 4  # after both: the repair-off clears or overrides it
 
 
 class Missing(enum.Enum):
@@ -82,8 +83,10 @@ TABLE: tuple[Option, ...] = (
     Option("SO_TIMESTAMPNS", _SOCKET, 35, _LATE, missing=Missing.REPORT),
     Option("SO_MAX_PACING_RATE", _SOCKET, 47, _LATE, missing=Missing.REPORT),
     Option("TCP_CONGESTION", _TCP, 13, _LATE, Form.TEXT),
-    Option("TCP_NODELAY", _TCP, 1, _RUNNING),
-    Option("TCP_CORK", _TCP, 3, _RUNNING),
+    # A tail that the program holds back is not pushed out: not by being written before the cork is in, nor by a
+    # TCP_NODELAY behind that (net/ipv4/tcp.c, __tcp_sock_set_nodelay).
+    Option("TCP_NODELAY", _TCP, 1, When.ALIVE),
+    Option("TCP_CORK", _TCP, 3, When.ALIVE),
     Option("TCP_SYNCNT", _TCP, 7, _LATE, missing=Missing.REPORT),
     Option("TCP_LINGER2", _TCP, 8, _LATE, missing=Missing.REPORT),
     Option("TCP_THIN_LINEAR_TIMEOUTS", _TCP, 16, _LATE, missing=Missing.REPORT),

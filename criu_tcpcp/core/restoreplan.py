@@ -22,9 +22,10 @@ dormant, in repair, nothing leaves the host:
 active, after the commit:
  10. The clock again, with the time that passed at the origin; only then may a segment leave the host. Then repair off:
      silent (-1), or with a probe (0) where the peer waits for an acknowledgement.
- 11. The unsent bytes: earlier than the final repair-off they can hang. Then our FIN, if it waits behind them. A peer's
-     FIN has been received by then: CLOSING, in which ours was never on the wire, becomes LAST_ACK. The peer has not
-     seen ours when it sends its own, so that it is the peer that waits at the end (RFC 9293 3.6, TIME-WAIT).
+ 11. The unsent bytes: earlier than the final repair-off they can hang. In front of them, how they are to be sent
+     (TCP_NODELAY, TCP_CORK); behind them our FIN, if it waits there. A peer's FIN has been received by then: CLOSING,
+     in which ours was never on the wire, becomes LAST_ACK. The peer has not seen ours when it sends its own, so that it
+     is the peer that waits at the end (RFC 9293 3.6, TIME-WAIT).
  12. The options that repair overrides or that act at once.
 """
 
@@ -237,6 +238,7 @@ def activation_steps(state: ConnectionState, written: int | None = None) -> list
     steps: list[Step] = []
     if written is None:
         steps.append(LeaveRepair(probe=state.owes_ack and state.tcp_state is TcpState.ESTABLISHED))
+    steps += _options(state, When.ALIVE, {})
     unsent = state.unsent_bytes[written or 0:]
     if unsent:
         steps.append(WriteUnsent(unsent))

@@ -104,7 +104,7 @@ def test_nothing_leaves_the_host_while_dormant(state: ConnectionState) -> None:
     steps = dormant_steps(state)
     assert not every(steps, LeaveRepair)
     assert not every(steps, WriteUnsent)
-    assert all(BY_NAME[step.name].when is not When.RUNNING for step in every(steps, SetOption))
+    assert all(BY_NAME[step.name].when < When.ALIVE for step in every(steps, SetOption))
     assert [step.value for step in every(steps, SetOption) if step.name == "SO_RCVBUF"] == [state.options["SO_RCVBUF"]]
     assert b"".join(step.data for step in every(steps, FillQueue) if step.queue == "send") == state.sent
 
@@ -118,6 +118,9 @@ def test_the_order_of_the_activation(state: ConnectionState, elapsed_ms: int) ->
             assert number < leave
         elif not isinstance(step, LeaveRepair):
             assert number > leave, f"{step} before repair is left"
+        if isinstance(step, SetOption) and state.unsent:
+            again = BY_NAME[step.name].again
+            assert (number < where(steps, WriteUnsent)) == (When.ALIVE in (BY_NAME[step.name].when, again))
     assert b"".join(step.data for step in every(steps, WriteUnsent)) == state.unsent_bytes
     assert bool(every(steps, SetTimestamp)) == state.negotiated.timestamps
 
