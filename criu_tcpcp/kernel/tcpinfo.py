@@ -18,12 +18,13 @@ SIOCINQ = termios.FIONREAD
 SIOCOUTQ = termios.TIOCOUTQ
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
 _SO_COOKIE, _SO_MEMINFO = 57, 55
-_SK_MEMINFO_WMEM_ALLOC = 2  # linux/sock_diag.h
+_SK_MEMINFO_RMEM_ALLOC, _SK_MEMINFO_WMEM_ALLOC = 0, 2  # linux/sock_diag.h
 
 _SO_PEEK_OFF = 42
 
 _HEAD = struct.Struct("=8B24I")
 _DATA_SEGMENTS = struct.Struct("=48x2I")  # behind it: tcpi_data_segs_in, _out (Linux 4.6)
+_OUT_OF_ORDER = struct.Struct("=224xI")  # tcpi_rcv_ooopack (Linux 5.4)
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,24 @@ def cookie(sock: socket.socket) -> int:
 
 def bytes_below(sock: socket.socket) -> int:
     """Bytes of this socket that are in qdiscs, drivers or packet queues (sk_wmem_alloc), by their memory."""
+    return _memory(sock, _SK_MEMINFO_WMEM_ALLOC)
+
+
+def has_gap(sock: socket.socket) -> bool:
+    """Something lies in the out-of-order queue, as far as that can be told: no interface does. Segments came out of
+    order at some time, and the socket has memory for what arrived, of which nothing can be read. False where there is
+    something to read, too."""
+    with failing("getsockopt(TCP_INFO)"):
+        data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    if len(data) < _OUT_OF_ORDER.size or not _OUT_OF_ORDER.unpack_from(data)[0]:
+        return False
+    return _memory(sock, _SK_MEMINFO_RMEM_ALLOC) > 0 and not unread_bytes(sock)
+
+
+def _memory(sock: socket.socket, index: int) -> int:
     with failing("getsockopt(SO_MEMINFO)"):
         data = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 64)
-    return int(struct.unpack_from("=I", data, 4 * _SK_MEMINFO_WMEM_ALLOC)[0])
+    return int(struct.unpack_from("=I", data, 4 * index)[0])
 
 
 def has_urgent_data(sock: socket.socket) -> bool:
