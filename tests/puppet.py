@@ -11,8 +11,6 @@ from typing import Any
 
 from waiting import until
 
-ORDERS = ("send", "send_more", "receive", "shutdown", "cork", "send_buffer", "end")
-
 
 def argv(control: Path, *arguments: str) -> list[str]:
     """Its command line: `accept ADDRESS PORT`, or `receive PORT`."""
@@ -42,8 +40,6 @@ def obey(sock: socket.socket, order: str, *arguments: Any) -> Any:
     match order, arguments:
         case "send", [size]:
             sock.sendall(blob(size))
-        case "send_more", [size]:
-            return sock.send(blob(size), socket.MSG_MORE)
         case "receive", [size]:
             # How many came before the end, and whether they are the right ones.
             data = bytearray()
@@ -56,8 +52,8 @@ def obey(sock: socket.socket, order: str, *arguments: Any) -> Any:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, value)
         case "send_buffer", [size]:
             sock.setsockopt(socket.SOL_SOCKET, 32, size)  # SO_SNDBUFFORCE
-        case "end", []:
-            sock.close()
+        case "receive_buffer", [size]:
+            sock.setsockopt(socket.SOL_SOCKET, 33, size)  # SO_RCVBUFFORCE
         case _:
             raise ValueError(order)
     return 0

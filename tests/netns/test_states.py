@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from cells import STATES, Cell, Play, S, came_alive, matches, pairwise, play, product
+from cells import STATES, Cell, Play, S, blob, came_alive, matches, pairwise, play, product
+from criu_tcpcp.core.image import decode, encode
 from criu_tcpcp.kernel import tcpinfo
 from endpoints import private_loopback
+from waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -67,6 +70,37 @@ def test_after_a_reading_that_came_to_nothing_the_old_endpoint_goes_on(state: S,
         second = this.read()
         this.resume()
         assert (first.rcv_nxt, first.write_seq, first.tcp_state) == (second.rcv_nxt, second.write_seq, state)
+        this.finish()
+        this.judge()
+    finally:
+        this.close()
+
+
+LARGE = 20 << 20
+
+
+@pytest.mark.parametrize("state", [S.ESTABLISHED, S.FIN_WAIT1], ids=lambda one: one.label)
+def test_queues_of_twenty_megabytes_both_ways(state: S) -> None:
+    for name in ("tcp_rmem", "tcp_wmem"):
+        Path(f"/proc/sys/net/ipv4/{name}").write_text(f"4096 131072 {LARGE * 4}")
+    this = Play(plain(state, "empty"))
+    try:
+        moving, peer = this.moving, this.peer
+        for sock in (moving, peer):
+            for number in (32, 33):  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
+                sock.setsockopt(socket.SOL_SOCKET, number, LARGE * 2)
+        peer.sendall(blob(LARGE))
+        this.to_us = blob(LARGE)
+        until(lambda: tcpinfo.unread_bytes(moving) == LARGE, "they arrive")
+        this.wall.deafen()
+        moving.sendall(blob(LARGE))
+        this.to_peer = blob(LARGE)
+        if state is S.FIN_WAIT1:
+            moving.shutdown(socket.SHUT_WR)
+        read = this.read()
+        assert (len(read.received), len(read.outgoing)) == (LARGE, LARGE)
+        this.move(decode(encode(read)))
+        came_alive(this.cell, read, this.moving)
         this.finish()
         this.judge()
     finally:
