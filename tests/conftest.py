@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 import hypothesis
 import pytest
 
+import matrix
 from criu_tcpcp.lab import Lab
 from criu_tcpcp.transport.target import Target
 from loopback_sshd import loopback_sshd
@@ -72,6 +73,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("root") is not None and os.geteuid() != 0:
         pytest.skip("needs root")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    line = matrix.summary(report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome))
+    if line is not None:
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -22,13 +22,16 @@ from criu_tcpcp.kernel.rules import MARK
 from criu_tcpcp.kernel.timestamps import learn_ts_recent
 
 FAMILIES = ["v4", "v6", "mapped"]
+OURS = ("10.8.0.1", "fd08::1")
 
 
 @contextlib.contextmanager
 def private_loopback() -> Iterator[None]:
-    """A network namespace of its own, which has nothing but a loopback of the size of an Ethernet."""
+    """A network namespace of its own, which has nothing but a loopback of the size of an Ethernet, with an address that
+    looks like one of an Ethernet, too (`OURS`)."""
+    orders = ["link set lo mtu 1500", "link set lo up", *(f"address add {one} dev lo" for one in OURS)]
     with netns.private():
-        subprocess.run(["ip", "-batch", "-"], input="link set lo mtu 1500\nlink set lo up\n", text=True, check=True)
+        subprocess.run(["ip", "-batch", "-"], input="\n".join(orders) + "\n", text=True, check=True)
         yield
 
 
@@ -42,9 +45,9 @@ def window_scaling(on: bool) -> None:
         file.write(str(int(on)))
 
 
-def pair(family: str) -> tuple[socket.socket, socket.socket]:
+def pair(family: str, ipv4: str = "127.0.0.1", ipv6: str = "::1") -> tuple[socket.socket, socket.socket]:
     """(the end that moves, its peer), connected over loopback."""
-    kind, address = (socket.AF_INET, "127.0.0.1") if family == "v4" else (socket.AF_INET6, "::1")
+    kind, address = (socket.AF_INET, ipv4) if family == "v4" else (socket.AF_INET6, ipv6)
     with socket.socket(kind, socket.SOCK_STREAM) as listener:
         if family == "mapped":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -52,7 +55,7 @@ def pair(family: str) -> tuple[socket.socket, socket.socket]:
         listener.bind((address, 0))
         listener.listen()
         port = listener.getsockname()[1]
-        peer = socket.create_connection(("127.0.0.1" if family == "mapped" else address, port), 10)
+        peer = socket.create_connection((ipv4 if family == "mapped" else address, port), 10)
         moving, _ = listener.accept()
     for one in (moving, peer):
         one.settimeout(10)

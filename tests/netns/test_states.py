@@ -4,21 +4,27 @@ the peer gets every byte and both ends, and nothing that the peer sees contradic
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cells import STATES, Cell, Play, S, blob, came_alive, matches, pairwise, play, product
+from criu_tcpcp.core.errors import TcpcpError
 from criu_tcpcp.core.image import decode, encode
 from criu_tcpcp.kernel import tcpinfo
-from endpoints import private_loopback
+from criu_tcpcp.lab.strict.judge import Violation
+from endpoints import FAMILIES, private_loopback
+from matrix import CELLS, OUTCOME, PASSED
+from strict_cells import StrictPlay
 from waiting import until
 
 pytestmark = pytest.mark.root
 
-ALL = list(product())
-FEW = pairwise(ALL)
+PEERS = {"kernel": Play, "strict": StrictPlay}
+#: The strict peer does not know ECN.
+ALL = {"kernel": list(product()), "strict": list(product())}
+FEW = {name: pairwise(cells) for name, cells in ALL.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +33,32 @@ def alone() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("cell", FEW, ids=str)
-def test_a_cell_of_the_matrix(cell: Cell) -> None:
-    play(cell)
+@pytest.mark.parametrize(("peer", "cell"), [pytest.param(peer, cell, id=f"{peer}: {cell}")
+                                            for peer, cells in FEW.items() for cell in cells])
+def test_a_cell_of_the_matrix(peer: str, cell: Cell, record_property: Callable[[str, object], None]) -> None:
+    """Any two values of what makes a cell meet in one of these."""
+    record_property(CELLS, 1)
+    record_property(OUTCOME, [play(cell, PEERS[peer]) or PASSED])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("state", STATES, ids=lambda one: one.label)
+@pytest.mark.parametrize("peer", PEERS)
+def test_every_cell_of_the_matrix(peer: str, state: S, family: str,
+                                  record_property: Callable[[str, object], None]) -> None:
+    cells = [cell for cell in ALL[peer] if (cell.state, cell.family) == (state, family)]
+    record_property(CELLS, len(cells))
+    outcomes, wrong = [], []
+    for cell in cells:
+        try:
+            with private_loopback():
+                outcomes.append(play(cell, PEERS[peer]) or PASSED)
+        except (AssertionError, OSError, TcpcpError, Violation) as error:
+            wrong.append(f"{cell}: {type(error).__name__}: {error}")
+    record_property(OUTCOME, outcomes)
+    assert not wrong, "\n".join(wrong[:20])
 
 
 def plain(state: S, received: str = "some", outgoing: str = "empty") -> Cell:
