@@ -29,7 +29,8 @@ OURS = ("10.8.0.1", "fd08::1")
 def private_loopback() -> Iterator[None]:
     """A network namespace of its own, which has nothing but a loopback of the size of an Ethernet, with an address that
     looks like one of an Ethernet, too (`OURS`)."""
-    orders = ["link set lo mtu 1500", "link set lo up", f"address add {OURS[0]} dev lo", f"address add {OURS[1]} dev lo nodad"]
+    orders = ["link set lo mtu 1500", "link set lo up", f"address add {OURS[0]} dev lo",
+              f"address add {OURS[1]} dev lo nodad"]
     with netns.private():
         subprocess.run(["ip", "-batch", "-"], input="\n".join(orders) + "\n", text=True, check=True)
         yield

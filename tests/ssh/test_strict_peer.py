@@ -132,6 +132,24 @@ def test_a_strict_peer_that_has_closed_already_is_served_on_by_the_destination()
         contented(peer.finish())
 
 
+#: How much the program writes before it closes, and how fast the strict peer reads that.
+ENDS = {"FIN-WAIT-2": (1000, None), "FIN-WAIT-1": (80_000, 10_000)}
+
+
+@pytest.mark.parametrize("state", ENDS)
+def test_a_strict_peer_hears_the_end_from_the_destination_at_its_place(state: str) -> None:
+    """The program has closed: its end has come, or waits behind what a slow reader has no room for."""
+    ours, read_rate = ENDS[state]
+    slowly = ("--buffer", "6000", "--read-rate", str(read_rate)) if read_rate else ("--rate", "100000")
+    with strict_world("stream", captured=False,
+                      node_options=("--send", str(ours), "--receive", str(ENDLESS))) as here:
+        peer = StrictPeer(here, "stream", "--send", str(ENDLESS), "--receive", str(ours), "--until-eof", *slowly)
+        until(lambda: state in here.listed(), f"{state}")
+        here.pass_once("--max-stall", "5000")
+        until(lambda: "FIN-WAIT-2" in here.listed(), "the end to arrive", every_s=0.1)
+        contented(peer.finish())
+
+
 @pytest.mark.parametrize("version", [4, pytest.param(6, marks=pytest.mark.long)])
 @pytest.mark.parametrize("variant", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long)
                                      for name in VARIANTS])
