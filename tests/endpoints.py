@@ -20,6 +20,7 @@ from criu_tcpcp.kernel import netns, repair, sockopt, tcpinfo
 from criu_tcpcp.kernel.rawpacket import ACK, FIN, RST, Injector, Sniffer, build_segment
 from criu_tcpcp.kernel.rules import MARK
 from criu_tcpcp.kernel.timestamps import learn_ts_recent
+from waiting import until
 
 FAMILIES = ["v4", "v6", "mapped"]
 OURS = ("10.8.0.1", "fd08::1")
@@ -33,7 +34,14 @@ def private_loopback() -> Iterator[None]:
               f"address add {OURS[1]} dev lo nodad"]
     with netns.private():
         subprocess.run(["ip", "-batch", "-"], input="\n".join(orders) + "\n", text=True, check=True)
+        until(lambda: leads_to(OURS[1]), "the route to the address")
         yield
+
+
+def leads_to(address: str) -> bool:
+    """There is a route: with an IPv6 address it comes a little later (net/ipv6/addrconf.c, addrconf_dad_work)."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        return sock.connect_ex((address, 9)) == 0
 
 
 def timestamps(on: bool) -> None:

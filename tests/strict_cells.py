@@ -22,7 +22,8 @@ from criu_tcpcp.kernel.rawpacket import Injector
 from criu_tcpcp.kernel.rules import MARK
 from criu_tcpcp.lab.strict.segments import from_bytes, to_bytes
 from criu_tcpcp.lab.strict.tcp import Settings, State, Tcp
-from waiting import PATIENCE_S
+from endpoints import leads_to
+from waiting import PATIENCE_S, until
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _SMALL = 20_000  # bytes: the peer's buffer, where it is full soon
@@ -37,6 +38,7 @@ def open_tun() -> int:
     orders = ["link set strict0 mtu 1500 up", "addr add 10.9.0.1/24 dev strict0",
               "addr add fd09::1/64 dev strict0 nodad"]
     subprocess.run(["ip", "-batch", "-"], input="\n".join(orders) + "\n", text=True, check=True)
+    until(lambda: leads_to(ADDRESSES[6][1]), "the route to the peer")
     return tun
 
 
