@@ -34,12 +34,23 @@ def private_loopback() -> Iterator[None]:
               f"address add {OURS[1]} dev lo nodad"]
     with netns.private():
         subprocess.run(["ip", "-batch", "-"], input="\n".join(orders) + "\n", text=True, check=True)
-        until(lambda: leads_to(OURS[1]), "the route to the address")
+        until(lambda: hears(OURS[1]), "the address to be there")
         yield
 
 
+def hears(address: str) -> bool:
+    """A packet comes to it: an IPv6 address works a little later than it is added (net/ipv6/addrconf.c,
+    addrconf_dad_work)."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.settimeout(0.05)
+        sock.bind((address, 0))
+        sock.sendto(b"x", sock.getsockname())
+        return sock.recv(1) == b"x"
+    return False
+
+
 def leads_to(address: str) -> bool:
-    """There is a route: with an IPv6 address it comes a little later (net/ipv6/addrconf.c, addrconf_dad_work)."""
+    """There is a route, which comes as late."""
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
         return sock.connect_ex((address, 9)) == 0
 
