@@ -23,7 +23,7 @@ class Puppet:
     def __init__(self, control: Path) -> None:
         until(control.exists, "the program to wait for orders")
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._sock.settimeout(20)
+        self._sock.settimeout(60)
         self._sock.connect(str(control))
 
     def __call__(self, order: str, *arguments: Any) -> Any:
