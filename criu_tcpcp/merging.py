@@ -26,8 +26,9 @@ from .kernel.nfqueue import ACCEPT, PacketQueue
 from .kernel.rawpacket import Injector, extent
 from .kernel.rules import MARK, Hold
 
-#: Longer than a busy host takes to let go of what it held (10 ms and more, where all its processors are taken), and much
-#: shorter than a peer waits for an acknowledgement (RTO, 200 ms at least): what is lost for good delays the rest by this.
+#: Longer than a busy host takes to let go of what it held (10 ms and more, where all its processors are taken), and
+#: much shorter than a peer waits for an acknowledgement (RTO, 200 ms at least): what is lost for good delays the rest
+#: by this.
 MISSING_S = 0.04
 LASTS_S = 0.25
 
