@@ -17,14 +17,13 @@ from .. import apps
 from ..core import tcp
 from ..core.endpoint import Flow
 from ..core.errors import KernelError, LinkError, Refused
-from ..core.options import OptionValue
+from ..core.options import VARYING, OptionValue
 from ..inventory import Connection
 from ..kernel import process, repair, sockopt, syscalls, tcpinfo
 from ..kernel.tracee import Tracee
 
 _QUIESCE_TIMEOUT_S = 5.0
 _TRY_PAUSE_S = 0.001  # between two looks for a quiet instant
-_VARYING = frozenset({"SO_RCVBUF", "SO_SNDBUF"})  # tuned by the kernel all the time
 
 
 class OriginProcess:
@@ -67,7 +66,7 @@ class OriginProcess:
     def refuse_changes(self) -> None:
         """Refused where the program has set an option since they were read."""
         changed = {name for name, value in sockopt.read_all(self.need_socket()).items()
-                   if value != self.options.get(name)} - _VARYING
+                   if value != self.options.get(name)} - VARYING
         if changed:
             raise Refused(f"the program has just changed {', '.join(sorted(changed))} on the socket",
                           hint="try again")
