@@ -23,6 +23,7 @@ from . import imagedir, journal, passing, settle
 from .core import imageset, snapshot
 from .core.errors import ExitCode, Owner, Refused, TcpcpError, UsageError
 from .core.handoff import ORIGIN_FINAL, Event, Machine, OriginState
+from .core.refusals import Refusal
 from .executor import Executor, without_garbage_collection
 from .inventory import Connection
 from .journal import Journal
@@ -61,7 +62,7 @@ def dump_connection(pid: int, fd: int, directory: str | Path, *, leave_running: 
         place = imagedir.absolute(directory)
         if options.keys() - {"idle_ms", "max_stall_ms", "origin_sees"}:
             raise UsageError(f"unknown option {sorted(options)[0]}")
-        connection = passing.check(pid, fd)
+        connection = passing.check(pid, fd, {Refusal.ECN})  # whoever restores it may refuse
         journal.prepare_run_directory()
         imagedir.refuse_unfit(place)
         record = Journal(journal.new_id(), journal.ORIGIN)

@@ -9,33 +9,27 @@ queues' contents) is looked at again by the pass itself.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
+from . import obstacles
 from .core import tcp
 from .core.endpoint import Flow, IPAddress
 from .core.errors import KernelError, Refused
+from .core.refusals import Refusal
 from .core.tcp import TcpState
-from .kernel import netns, process, routing, sockdiag, syscalls, tcpinfo
+from .kernel import iouring, netns, process, routing, sockdiag, syscalls, tcpinfo
+from .obstacles import Obstacle
 
-_SO_PROTOCOL, _SO_DOMAIN, _SO_ACCEPTCONN, _SO_ZEROCOPY = 38, 39, 30, 60
-_TCP_ULP = 31
+_SO_PROTOCOL, _SO_DOMAIN, _SO_ACCEPTCONN = 38, 39, 30
 _IPPROTO_MPTCP = 262
-
-
-#: What could be done about a state in which there is no connection to pass.
-_WHY_STATE = {TcpState.SYN_SENT: "try again once it is established",
-              TcpState.SYN_RECV: "try again once it is established",
-              TcpState.CLOSE: "the connection is over, or never began: no packet belongs to it any more"}
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A TCP socket of a process. `why_not` is None where it can be passed; `hint` then is what could be done about
-    it."""
+    """A TCP socket of a process. `obstacle` is None where it can be passed."""
 
     pid: int
     process_name: str
@@ -46,13 +40,13 @@ class Connection:
     unread: int
     unacknowledged: int
     cookie: int
-    why_not: str | None
-    hint: str = ""
+    obstacle: Obstacle | None
     shared_with: tuple[int, ...] = field(default=())
 
 
-def find(pid: int, fd: int) -> Connection:
-    """The connection behind a descriptor. Refused, with the reason, where there is none that can be passed."""
+def find(pid: int, fd: int, allowing: Container[Refusal] = ()) -> Connection:
+    """The connection behind a descriptor. Refused, with the reason, where there is none that can be passed.
+    `allowing`: what the user takes all the same."""
     process.identity(pid)
     links = process.descriptors(pid)
     if fd not in links:
@@ -64,13 +58,13 @@ def find(pid: int, fd: int) -> Connection:
     pidfd = syscalls.pidfd_open(pid)
     try:
         found = _examine(pid, pidfd, inode, tuple(n for n, link in links.items() if link == links[fd]),
-                         process.holders({inode})[inode])
+                         process.holders({inode})[inode], iouring.of(pid, links), allowing)
     finally:
         os.close(pidfd)
     if isinstance(found, str):
         raise Refused(f"descriptor {fd} of process {pid} {found}")
-    if found.why_not is not None:
-        raise Refused(f"descriptor {fd} of process {pid} {found.why_not}", hint=found.hint)
+    if found.obstacle is not None:
+        raise found.obstacle.refused(f"descriptor {fd} of process {pid}")
     return found
 
 
@@ -96,12 +90,16 @@ def connections(pid: int | None = None) -> Iterator[Connection]:
             pidfd = syscalls.pidfd_open(one)
         except KernelError:  # it has exited
             continue
-        name = process.name(one)
+        try:
+            program = _Program(one, process.name(one), pidfd, iouring.of(one))
+        except Refused:  # it has exited
+            os.close(pidfd)
+            continue
         try:
             for inode, numbers in by_process[one].items():
                 entry = networks[identity].sockets.get(inode)
                 if entry is not None:
-                    yield _listed(one, name, pidfd, entry, tuple(numbers), holding[inode], networks[identity])
+                    yield _listed(program, entry, tuple(numbers), holding[inode], networks[identity])
         finally:
             os.close(pidfd)
 
@@ -114,37 +112,48 @@ class _Network:
     local: dict[IPAddress, bool] = field(default_factory=dict)
 
 
-def _listed(pid: int, name: str, pidfd: int, entry: sockdiag.Known, numbers: tuple[int, ...], holding: set[int],
+@dataclass(frozen=True)
+class _Program:
+    pid: int
+    name: str
+    pidfd: int
+    rings: tuple[iouring.Ring, ...]
+
+
+def _listed(program: _Program, entry: sockdiag.Known, numbers: tuple[int, ...], holding: set[int],
             network: _Network) -> Connection:
     """Of what the kernel tells of all sockets at once; only one that may be passed is looked at by itself."""
+    pid = program.pid
     others = tuple(sorted(holding - {pid})) if len(holding) > 1 else ()
-    why_not, hint = _obstacle(entry.state, entry.flow, entry.options, entry.upper, others)
-    if why_not is None and entry.flow is not None:
+    obstacle = obstacles.in_kernels_list(entry.state, entry.flow, entry.options, entry.upper, entry.is_signed, others)
+    if obstacle is None:
+        obstacle = obstacles.in_rings(program.rings, entry.inode)
+    if obstacle is None and entry.flow is not None:
+        try:
+            with syscalls.borrow_tcp(program.pidfd, numbers[0], entry.flow.socket_family) as sock:
+                obstacle = obstacles.inside(sock)
+        except (KernelError, OSError):  # ENOTSOCK: it has become something else
+            obstacle = Obstacle(Refusal.NOT_ALLOWED, "may not be taken, or was closed just now")
+    if obstacle is None and entry.flow is not None:
         peer = entry.flow.peer.address
         if peer not in network.local:
             with netns.enter(process.network_namespace(pid)):
                 network.local[peer] = routing.is_local(peer)
         if network.local[peer]:
-            refusal = _local_peer(entry.flow)
-            why_not, hint = refusal.message, refusal.hint
-        else:
-            try:
-                with syscalls.borrow_tcp(pidfd, numbers[0], entry.flow.socket_family) as sock:
-                    why_not, hint = _obstacle_inside(sock)
-            except (KernelError, OSError):  # ENOTSOCK: it has become something else
-                why_not = "may not be taken, or was closed just now"
-    return Connection(pid=pid, process_name=name, descriptors=numbers, inode=entry.inode,
+            obstacle = obstacles.local_peer(entry.flow)
+    return Connection(pid=pid, process_name=program.name, descriptors=numbers, inode=entry.inode,
                       state=entry.state, flow=entry.flow, unread=entry.unread, unacknowledged=entry.unacknowledged,
-                      cookie=entry.cookie, why_not=why_not, hint=hint, shared_with=others)
+                      cookie=entry.cookie, obstacle=obstacle, shared_with=others)
 
 
-def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding: set[int]) -> Connection | str:
+def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding: set[int],
+             rings: tuple[iouring.Ring, ...], allowing: Container[Refusal]) -> Connection | str:
     """A TCP socket as a Connection; for anything else, what it is. Refused where it cannot be had."""
     try:
         sock = syscalls.borrow_socket(pidfd, numbers[0])
     except KernelError as error:
         if error.errno == errno.EPERM:
-            raise Refused(f"descriptor {numbers[0]} of process {pid} may not be taken",
+            raise Refused(f"descriptor {numbers[0]} of process {pid} may not be taken", refusal=Refusal.NOT_ALLOWED,
                           hint="root, or CAP_SYS_PTRACE and CAP_NET_ADMIN, are needed") from None
         if error.errno in (errno.ESRCH, errno.EBADF, errno.ENOTSOCK):
             raise Refused(f"process {pid} has closed descriptor {numbers[0]} or has exited") from None
@@ -161,7 +170,7 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
         if protocol not in (socket.IPPROTO_TCP, _IPPROTO_MPTCP):
             return f"is a socket of IP protocol {protocol}, not a TCP connection"
         if protocol == _IPPROTO_MPTCP:
-            return "is an MPTCP socket: the kernel has no repair mode for it"
+            raise obstacles.MPTCP.refused(f"descriptor {numbers[0]} of process {pid}")
         info = tcpinfo.read(sock)
         listening = bool(sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN))
         flow: Flow | None = None
@@ -171,14 +180,16 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
             except (KernelError, ValueError):
                 flow = None
         others = tuple(sorted(holding - {pid}))
-        why_not, hint = _obstacle(info.state, flow, info.options, _upper_protocol(sock), others)
-        if why_not is None:
-            why_not, hint = _obstacle_inside(sock)
+        with netns.enter(process.network_namespace(pid)):
+            is_signed = obstacles.is_signed(flow)
+        obstacle = (obstacles.in_kernels_list(info.state, flow, info.options, obstacles.upper_protocol(sock), is_signed,
+                                              others, allowing)
+                    or obstacles.in_rings(rings, inode) or obstacles.inside(sock))
         return Connection(
             pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode, state=info.state, flow=flow,
             unread=0 if listening else tcpinfo.unread_bytes(sock),
             unacknowledged=0 if listening else _unacknowledged(sock, info.state),
-            cookie=tcpinfo.cookie(sock), why_not=why_not, hint=hint, shared_with=others)
+            cookie=tcpinfo.cookie(sock), obstacle=obstacle, shared_with=others)
 
 
 def _unacknowledged(sock: socket.socket, state: TcpState) -> int:
@@ -187,64 +198,10 @@ def _unacknowledged(sock: socket.socket, state: TcpState) -> int:
     return count - 1 if count and state in tcp.FIN_QUEUED_STATES else count
 
 
-def _obstacle(state: TcpState, flow: Flow | None, options: int, upper: str,
-              others: tuple[int, ...]) -> tuple[str | None, str]:
-    """The first thing that forbids the pass, as what the descriptor is, and what to do about it."""
-    if state is TcpState.LISTEN:
-        return "is a listening socket, which has no peer", ""
-    if state not in tcp.PASSABLE_STATES or flow is None:
-        return f"is in state {state.label}", _WHY_STATE.get(state, "")
-    if others:
-        return (f"is shared with process {', '.join(map(str, others[:4]))}",
-                "every process that could use the connection would have to give it up")
-    if options & tcp.OPT_USEC_TS:
-        return "uses microsecond timestamps, which cannot be carried", ""
-    if upper:
-        return f"has the kernel protocol {upper!r} on top, which cannot be carried", ""
-    if _is_loopback(flow.local.address) or _is_loopback(flow.peer.address):
-        return "is a loopback connection, which no other host can continue", ""
-    if _is_of_a_link(flow.peer.address):
-        return f"has the peer {flow.peer.address}, which has a meaning on its own link only", ""
-    return None, ""
-
-
-@functools.lru_cache(1 << 12)  # thousands of connections have few addresses, and ipaddress is slow
-def _is_loopback(address: IPAddress) -> bool:
-    return address.is_loopback
-
-
-@functools.lru_cache(1 << 12)
-def _is_of_a_link(address: IPAddress) -> bool:
-    return address.is_multicast or address.is_link_local
-
-
-def _obstacle_inside(sock: socket.socket) -> tuple[str | None, str]:
-    """What only the socket itself tells."""
-    if tcpinfo.has_urgent_data(sock):
-        return "has urgent data waiting, which cannot be carried", "try again once the program has read it"
-    if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
-        return "uses MSG_ZEROCOPY, whose completions would be lost", ""
-    return None, ""
-
-
-def _upper_protocol(sock: socket.socket) -> str:
-    try:
-        return sock.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16).split(b"\0")[0].decode("ascii", "replace")
-    except OSError as error:
-        if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN):
-            return ""
-        raise
-
-
 def refuse_local_peer(connection: Connection) -> None:
     """Refused where the peer is on the origin's own host: its packets never pass the hooks that hold and forward."""
     if connection.flow is None:
         return
     with netns.enter(process.network_namespace(connection.pid)):
         if routing.is_local(connection.flow.peer.address):
-            raise _local_peer(connection.flow)
-
-
-def _local_peer(flow: Flow) -> Refused:
-    return Refused(f"the peer {flow.peer} is on the origin host itself",
-                   hint="its packets cannot be sent on to another host")
+            raise obstacles.local_peer(connection.flow).refused(f"the connection {connection.flow}")

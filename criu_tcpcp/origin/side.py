@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from .. import namespaces, redirect
-from ..core import tls
+from ..core import tcp, tls
 from ..core.endpoint import Flow, IPAddress
 from ..core.errors import ProtocolError, Refused, TcpcpError
 from ..core.handoff import Action, Event, OriginState
@@ -51,6 +51,7 @@ from ..core.messages import (
     Staged,
 )
 from ..core.messages import Refused as RefusedMessage
+from ..core.refusals import Refusal
 from ..executor import GaveUp, event_of
 from ..holding import Holding
 from ..inventory import Connection
@@ -78,7 +79,8 @@ _URGENT = frozenset({OriginState.PREPARING, OriginState.PREPARED, OriginState.OF
 @dataclass(frozen=True)
 class Options:
     """What a pass was asked for. `idle_ms`: how long to look for a quiet instant; None takes any (`--when now`).
-    `tls_anyway`: pass what looks like TLS to a program that cannot have its keys, too.
+    `tls_anyway`: pass what looks like TLS to a program that cannot have its keys, too; `ecn_anyway`: pass without ECN
+    what negotiated it.
     `settle_s`: how long to ask the destination again before a pass is left in doubt. `doubt_limit_s`: how long after
     the offer the process may stand still in doubt; then it runs again without the connection."""
 
@@ -90,9 +92,15 @@ class Options:
     app_state: bytes = field(default=b"", repr=False)
     prologue: bytes | None = field(default=None, repr=False)
     tls_anyway: bool = False
+    ecn_anyway: bool = False
     origin_sees: str = "reset"
     settle_s: float = 10.0
     doubt_limit_s: float = 5.0
+
+    @property
+    def allowing(self) -> frozenset[Refusal]:
+        """What is passed all the same."""
+        return frozenset({Refusal.ECN}) if self.ecn_anyway else frozenset()
 
 
 class Origin:
@@ -145,11 +153,11 @@ class Origin:
         wire.send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
                         self.options.redirect.partition(":")[0], entry,
                         self.options.max_stall_ms, self.options.prologue is not None, self.options.prologue or b"",
-                        self.options.idle_ms or 0))
+                        self.options.idle_ms or 0, self._needs(sock)))
         self._stage_here()  # while the destination does the same
         answer = wire.receive(_STAGE_TIMEOUT_S)
         if isinstance(answer, RefusedMessage):
-            raise Refused(answer.reason, hint=answer.hint)
+            raise Refused(answer.reason, hint=answer.hint, refusal=answer.refusal)
         if not isinstance(answer, Staged) or answer.pass_id != self.journal.pass_id:
             raise ProtocolError("the destination answered out of turn")
         self.staged = answer
@@ -201,6 +209,11 @@ class Origin:
         sock = self.program.take()
         self.program.read_options()
         return sock
+
+    @staticmethod
+    def _needs(sock: socket.socket) -> list[str]:
+        """What not every destination can do."""
+        return [Refusal.USEC_TIMESTAMPS] if tcpinfo.read(sock).options & tcp.OPT_USEC_TS else []
 
     def _taker_knows(self) -> bool:
         """What becomes of the connection is for a program that takes part to say, or for whoever reads a dump."""

@@ -101,7 +101,52 @@ def test_the_clock_does_not_fall_behind_what_a_paced_sender_put_on_its_last_segm
         assert clock is not None
         assert tcp.distance(stamps[0], clock) > 0, "the kernel does not stamp ahead: this test shows nothing"
         state = repair.read_state(moving, options, True, recent, stamps[0])
-        assert state.timestamp == stamps[0]
+        assert state.timestamp == stamps[0] & ~1  # the last bit says in what unit it counts
+
+
+def count_in_microseconds(on: bool) -> None:
+    """As `ip route change ... features tcp_usec_ts` (linux/rtnetlink.h, RTAX_FEATURE_TCP_USEC_TS: 16)."""
+    from pyroute2 import IPRoute
+    with IPRoute() as route:
+        route.route("replace", dst="127.0.0.1", dst_len=32, type="local", table=255, oif=1, scope=254,
+                    prefsrc="127.0.0.1", metrics={"features": 16 * on})
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["plain route there", "same route there"])
+def test_a_clock_of_microseconds_goes_on(there: bool, injector: Injector,
+                                         capability: Callable[[str, bool], None]) -> None:
+    """Whatever the route at the destination says, which connect asks."""
+    capability("microsecond timestamps", repair.has_usec_timestamps())
+    count_in_microseconds(True)
+    moving, peer = pair("v4")
+    flow = tcpinfo.flow_of(moving)
+    assert tcpinfo.read(moving).options & tcp.OPT_USEC_TS
+    tap = Tap(flow)
+    with deaf(flow):
+        state = read(moving, injector)
+        assert state.timestamp is not None
+        assert state.timestamp % 2 == 1
+        repair.end_silently(moving)
+        moving.close()
+        count_in_microseconds(there)
+        fresh, restorer = restore(state, injector)
+        restorer.run([*clock_steps(state, 20), *activation_steps(state)])
+    assert tcpinfo.read(fresh).options & tcp.OPT_USEC_TS
+    began = time.monotonic()
+    for _ in range(5):
+        fresh.sendall(b"x")
+        assert peer.recv(1) == b"x"
+        peer.sendall(b"y")
+        assert fresh.recv(1) == b"y"
+    took_us = (time.monotonic() - began) * 1e6
+    until(lambda: not tcpinfo.unacknowledged_bytes(peer), "the last acknowledgement")
+    values = [one.stamps[0] for one in tap.take() if one.stamps]
+    assert all(tcp.distance(later, sooner) >= 0 for sooner, later in itertools.pairwise(values))
+    assert all(tcp.distance(one, state.timestamp) >= 20_000 for one in values[-5:])
+    assert tcpinfo.read(fresh).rtt_us < max(took_us, 1000) + 1000, "an echo was taken for one of another unit"
+    fresh.close()
+    peer.close()
+    tap.close()
 
 
 @pytest.mark.parametrize("stamps", [True, False], ids=["timestamps", "bare"])
