@@ -56,7 +56,8 @@ class Missing(enum.Enum):
 @dataclass(frozen=True)
 class Option:
     """`again`: the point at which it is written once more, since others change it in between. `write_number` and
-    `write_halved`: set by another number, and with half the value (the kernel doubles it)."""
+    `write_halved`: set by another number, and with half the value (the kernel doubles it). `mask`: the bits that are
+    the option's; the others are the kernel's."""
 
     name: str
     level: int
@@ -69,6 +70,7 @@ class Option:
     again: When | None = None
     write_number: int | None = None
     write_halved: bool = False
+    mask: int = -1
 
 
 _SOCKET, _TCP, _IP, _IP6 = socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6
@@ -78,7 +80,8 @@ _EARLY, _LATE, _RUNNING = When.BEFORE_BIND, When.CONNECTED, When.RUNNING
 TABLE: tuple[Option, ...] = (
     Option("SO_BINDTODEVICE", _SOCKET, 25, _EARLY, Form.TEXT, criu="ifname"),
     Option("IP_FREEBIND", _IP, 15, _EARLY, criu="ip_opts.freebind"),
-    # A bind to a v4-mapped address fails where net.ipv6.bindv6only has set it (net/ipv6/af_inet6.c, __inet6_bind).
+    # A bind to a v4-mapped address fails where net.ipv6.bindv6only has set it; to any other one, it sets it
+    # (net/ipv6/af_inet6.c, __inet6_bind).
     Option("IPV6_V6ONLY", _IP6, 26, _EARLY, criu="v6only", ip_version=6),
     # What it adds to every packet makes the segments smaller, which connect works out (net/ipv4/tcp_ipv4.c).
     Option("IP_OPTIONS", _IP, 4, _EARLY, Form.BYTES),
@@ -128,7 +131,8 @@ TABLE: tuple[Option, ...] = (
     Option("TCP_RTO_MAX_MS", _TCP, 44, _LATE, missing=Missing.REPORT),
     Option("TCP_RTO_MIN_US", _TCP, 45, _LATE, missing=Missing.REPORT),
     Option("TCP_DELACK_MAX_US", _TCP, 46, _LATE, missing=Missing.REPORT),
-    Option("IP_TOS", _IP, 1, _LATE),
+    # The two lowest bits are ECN's: the kernel sets them for each packet (include/net/inet_ecn.h, INET_ECN_xmit).
+    Option("IP_TOS", _IP, 1, _LATE, mask=~3),
     Option("IP_TTL", _IP, 2, _LATE),
     Option("IP_MTU_DISCOVER", _IP, 10, _LATE),
     Option("IP_RECVERR", _IP, 11, _LATE),
@@ -138,7 +142,7 @@ TABLE: tuple[Option, ...] = (
     Option("IP_RECVTTL", _IP, 12, _LATE, missing=Missing.REPORT),
     Option("IP_RECVTOS", _IP, 13, _LATE, missing=Missing.REPORT),
     Option("IPV6_UNICAST_HOPS", _IP6, 16, _LATE, ip_version=6),
-    Option("IPV6_TCLASS", _IP6, 67, _LATE, ip_version=6),
+    Option("IPV6_TCLASS", _IP6, 67, _LATE, ip_version=6, mask=~3),
     # Behind the two that change it too (net/ipv4/ip_sockglue.c, __ip_sock_set_tos).
     Option("SO_PRIORITY", _SOCKET, 12, _LATE, criu="opts.so_priority", missing=Missing.REPORT),
     Option("IPV6_MTU_DISCOVER", _IP6, 23, _LATE, ip_version=6),

@@ -29,7 +29,7 @@ def read(sock: socket.socket, option: Option) -> OptionValue:
     if option.form is Form.TEXT:
         return data.split(b"\0")[0].decode()
     if option.form is Form.INT:
-        return int.from_bytes(data[:4], sys.byteorder, signed=True)
+        return int.from_bytes(data[:4], sys.byteorder, signed=True) & option.mask
     if option.form is Form.LONG:
         return int.from_bytes(data, sys.byteorder)
     if option.form is Form.PAIR:  # SO_TIMESTAMPING: an int before Linux 5.14 (d463126e23f1)

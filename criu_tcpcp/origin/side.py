@@ -163,6 +163,7 @@ class Origin:
         self.staged = answer
         self._refuse_tls(tcpinfo.first_unread(sock, _PEEK))
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
+        self._refuse_minimal_ttl(self.plan)
         if self.plan.tunnel is not None:
             self.plan = self._dig(self.plan, self.plan.tunnel)
         self._redirect = redirect.origin_half(self.plan, self._setting())
@@ -235,6 +236,15 @@ class Origin:
         self.holding = Holding(self.flow)
         self._extraction = Extraction(self.program, self.flow, self._connection.inode)
         self.program.ask_whether_registered()
+
+    def _refuse_minimal_ttl(self, plan: redirect.Plan) -> None:
+        """Refused where the program asks for a peer that is near: what this host sends on is one hop further away
+        (net/ipv4/netfilter/nf_dup_ipv4.c), and a peer on the link (RFC 5082: 255) would not be heard again."""
+        name = "IP_MINTTL" if self.flow.ip_version == 4 else "IPV6_MINHOPCOUNT"
+        if plan.strategy == "forward" and self.program.options.get(name):
+            raise Refused(f"the program takes no packet that came from further away ({name}), and this host would send "
+                          "them on", refusal=Refusal.MINIMAL_TTL,
+                          hint="give the destination the address first, or unset it")
 
     def _via(self) -> IPAddress:
         takes_at = self.staged.takes_at if self.staged is not None else ""
