@@ -147,7 +147,7 @@ def in_rings(rings: tuple[iouring.Ring, ...], inode: int) -> Obstacle | None:
         elif ring.has_thread:
             what = "may be in use by an io_uring: a thread of the kernel takes requests from it (SQPOLL)"
         if what:
-            return Obstacle(Refusal.IO_URING, what, "a program that registers (quiesce) can cancel them first")
+            return Obstacle(Refusal.IO_URING, what, "let the program cancel its requests, and unregister its files")
     return None
 
 

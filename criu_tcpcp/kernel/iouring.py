@@ -45,8 +45,16 @@ class Ring:
 
 def of(pid: int, links: dict[int, str] | None = None) -> tuple[Ring, ...]:
     """The rings of a process; `links`: its descriptors, where they are known."""
-    links = process.descriptors(pid) if links is None else links
-    numbers = [number for number, link in links.items() if link == _LINK]
+    return read(pid, descriptors(process.descriptors(pid) if links is None else links))
+
+
+def descriptors(links: dict[int, str]) -> tuple[int, ...]:
+    """Those of a process that are rings; `links`: what each of its descriptors is."""
+    return tuple(number for number, link in links.items() if link == _LINK)
+
+
+def read(pid: int, numbers: tuple[int, ...]) -> tuple[Ring, ...]:
+    """The rings behind these descriptors."""
     busy = bool(numbers) and _has_busy_worker(pid)
     return tuple(_read(pid, number, busy) for number in numbers)
 

@@ -13,13 +13,13 @@ import signal
 import socket
 import time
 
-from .. import apps
+from .. import apps, obstacles
 from ..core import tcp
 from ..core.endpoint import Flow
 from ..core.errors import KernelError, LinkError, Refused
 from ..core.options import VARYING, OptionValue
 from ..inventory import Connection
-from ..kernel import process, repair, sockopt, syscalls, tcpinfo
+from ..kernel import iouring, process, repair, sockopt, syscalls, tcpinfo
 from ..kernel.tracee import Tracee
 
 _QUIESCE_TIMEOUT_S = 5.0
@@ -43,6 +43,7 @@ class OriginProcess:
                          else os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         self.namespace = namespace
         self._pidfd = syscalls.pidfd_open(connection.pid) if alive else -1
+        self._rings: tuple[int, ...] = ()
         self._tracee: Tracee | None = None
         self._application: apps.Conversation | None = None
 
@@ -62,6 +63,7 @@ class OriginProcess:
 
     def read_options(self) -> None:
         self.options = sockopt.read_all(self.need_socket())
+        self._rings = iouring.descriptors(process.descriptors(self.identity.pid))
 
     def refuse_changes(self) -> None:
         """Refused where the program has set an option since they were read."""
@@ -169,8 +171,10 @@ class OriginProcess:
                               hint="--when idle:MS waits longer, --when now takes any instant")
             time.sleep(_TRY_PAUSE_S)
         self._borrow().close()  # nothing became something else before the stop
-        if tcpinfo.has_urgent_data(self.need_socket()):
-            raise Refused("urgent data is waiting, which cannot be carried")
+        obstacle = obstacles.inside(self.need_socket()) or obstacles.in_rings(
+            iouring.read(self.identity.pid, self._rings), self._connection.inode)
+        if obstacle is not None:  # it has come since staging
+            raise obstacle.refused("the connection")
 
     def _let_the_peer_fill_gaps(self, deadline: float) -> None:
         """What arrived behind a segment that was lost cannot be read. The peer sends it again, but it knows by SACK

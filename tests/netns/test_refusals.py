@@ -15,6 +15,7 @@ import re
 import socket
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from criu_tcpcp.core.refusals import Refusal
 from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.destination import refuse_unfit
 from criu_tcpcp.inventory import Connection
-from criu_tcpcp.kernel import conntrack, iouring, netns, repair, tcpinfo
+from criu_tcpcp.kernel import conntrack, iouring, netns, process, repair, tcpinfo
 from criu_tcpcp.kernel.syscalls import libc
+from criu_tcpcp.origin.process import OriginProcess
 from waiting import until
 
 pytestmark = pytest.mark.root
@@ -285,6 +287,36 @@ def test_an_io_uring_that_a_thread_of_the_kernel_reads(capability: Callable[[str
     sock, peer = pair()
     with sock, peer, uring(capability, Uring.SQPOLL):
         refused_as(sock, Refusal.IO_URING, "SQPOLL")
+
+
+PROGRAM = f"""if True:
+    import socket, sys
+    listener = socket.create_server(({ADDRESSES["v4"]!r}, 0))
+    print(listener.getsockname()[1], flush=True)
+    sock = listener.accept()[0]
+    print(sock.fileno(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_comes_after_the_staging_is_found_once_the_program_is_stopped() -> None:
+    """And the program runs again, with what came."""
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        peer = socket.create_connection((ADDRESSES["v4"], int(program.stdout.readline())))
+        found = inventory.find(program.pid, int(program.stdout.readline()))
+        with peer, contextlib.closing(OriginProcess(found)) as side:
+            sock = side.take()
+            side.read_options()
+            side.stop(None, 5, answered=False)
+            side.resume()
+            peer.send(b"!", socket.MSG_OOB)
+            until(lambda: tcpinfo.has_urgent_data(sock), "it arrives")
+            with pytest.raises(Refused, match="urgent data") as caught:
+                side.stop(None, 5, answered=False)
+            assert caught.value.refusal == Refusal.URGENT_DATA
+            side.resume()
+            assert process.run_state(program.pid) != "t"
 
 
 def can(what: Callable[[], None]) -> bool:
