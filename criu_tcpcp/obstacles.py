@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 from .core import tcp
 from .core.endpoint import Flow, IPAddress
-from .core.errors import KernelError, Refused
-from .core.options import BY_NAME
+from .core.errors import Refused
 from .core.refusals import Refusal
 from .core.tcp import TcpState
 from .kernel import iouring, sockdiag, sockopt, tcpinfo
 
-_SO_ZEROCOPY = 60
+_SO_ZEROCOPY, _SO_TIMESTAMPING = 60, 37
 _TCP_ULP = 31
 #: linux/net_tstamp.h: TX_HARDWARE, TX_SOFTWARE, TX_SCHED, TX_ACK, TX_COMPLETION
 _SENDS_TIMESTAMPS = 1 << 0 | 1 << 1 | 1 << 8 | 1 << 9 | 1 << 18
@@ -98,41 +97,19 @@ def inside(sock: socket.socket) -> Obstacle | None:
                         "try again once the program has read it")
     if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
         return Obstacle(Refusal.ZEROCOPY, "uses MSG_ZEROCOPY, whose completions would be lost")
-    if _asks_for_timestamps(sock):
+    if sock.getsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPING) & _SENDS_TIMESTAMPS:  # those of ..._NEW, too
         return Obstacle(Refusal.SEND_TIMESTAMPS,
                         "asks for timestamps of what it sends (SO_TIMESTAMPING), which would be lost",
                         "switch its TX flags off first")
     if tcpinfo.is_authenticated(sock):
         return Obstacle(Refusal.TCP_AO, "is authenticated by TCP-AO, whose keys are not carried")
-    if _has_bpf_filter(sock):
+    if sockopt.has_hidden_filter(sock):
         return Obstacle(Refusal.BPF_FILTER, "has a filter that is no classic BPF program (SO_ATTACH_BPF)")
     if sock.family == socket.AF_INET6 and any(sock.getsockopt(socket.IPPROTO_IPV6, number, 8)
                                               for number in _EXTENSION_HEADERS):
         return Obstacle(Refusal.EXTENSION_HEADERS, "adds IPv6 extension headers to its packets",
                         "take them away first (setsockopt IPV6_HOPOPTS, IPV6_RTHDR, IPV6_DSTOPTS, of length 0)")
     return None
-
-
-def _asks_for_timestamps(sock: socket.socket) -> bool:
-    for name in ("SO_TIMESTAMPING", "SO_TIMESTAMPING_NEW"):
-        try:
-            value = sockopt.read(sock, BY_NAME[name])
-        except KernelError:  # Linux before 5.1 has one of them
-            continue
-        if isinstance(value, tuple) and value[0] & _SENDS_TIMESTAMPS:
-            return True
-    return False
-
-
-def _has_bpf_filter(sock: socket.socket) -> bool:
-    """The kernel shows a classic program only (net/core/filter.c, sk_get_filter)."""
-    try:
-        sockopt.read(sock, BY_NAME["SO_ATTACH_FILTER"])
-    except KernelError as error:
-        if error.errno != errno.EACCES:
-            raise
-        return True
-    return False
 
 
 def in_rings(rings: tuple[iouring.Ring, ...], inode: int) -> Obstacle | None:

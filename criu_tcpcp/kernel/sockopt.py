@@ -16,16 +16,21 @@ _SIZES = {Form.INT: 4, Form.LONG: 8, Form.PAIR: 8, Form.TIMEVAL: 16, Form.LINGER
 _FORMATS = {Form.TIMEVAL: "=qq", Form.LINGER: "=ii", Form.PAIR: "=iI"}
 _LONGEST_BYTES = 40  # of IP options (RFC 791 3.1)
 _INSTRUCTION = 8  # struct sock_filter
-_SO_DETACH_FILTER = 27
+_SO_GET_FILTER, _SO_DETACH_FILTER = 26, 27
 _UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
 
 
 def read(sock: socket.socket, option: Option) -> OptionValue:
     """The option's value. KernelError names it; EACCES for a filter that is no classic one."""
+    with failing(f"getsockopt({option.name})"):
+        return _read(sock, option)
+
+
+def _read(sock: socket.socket, option: Option) -> OptionValue:
+    """As `read`; OSError."""
     if option.form in (Form.BYTES, Form.FILTER):
         return _read_bytes(sock, option).hex()
-    with failing(f"getsockopt({option.name})"):
-        data = sock.getsockopt(option.level, option.number, _SIZES[option.form])
+    data = sock.getsockopt(option.level, option.number, _SIZES[option.form])
     if option.form is Form.TEXT:
         return data.split(b"\0")[0].decode()
     if option.form is Form.INT:
@@ -60,11 +65,19 @@ def read_all(sock: socket.socket) -> dict[str, OptionValue]:
     found: dict[str, OptionValue] = {}
     for option in applying(sock.family):
         try:
-            found[option.name] = read(sock, option)
-        except KernelError as error:
+            found[option.name] = _read(sock, option)
+        except (OSError, KernelError) as error:
             if error.errno not in _UNKNOWN:
-                raise
+                with failing(f"getsockopt({option.name})"):
+                    raise
     return found
+
+
+def has_hidden_filter(sock: socket.socket) -> bool:
+    """Its filter is no classic program: the kernel does not show it (net/core/filter.c, sk_get_filter)."""
+    size = ctypes.c_uint32(0)
+    answer = libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_GET_FILTER, None, ctypes.byref(size))
+    return answer == -1 and ctypes.get_errno() == errno.EACCES
 
 
 def write(sock: socket.socket, name: str, value: OptionValue) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import select
 import socket
 import struct
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from ..core.endpoint import Flow
 from ..core.errors import KernelError
 from ..core.tcp import TcpState
-from .syscalls import check, failing, libc
+from .syscalls import failing, libc
 
 SIOCINQ = termios.FIONREAD
 SIOCOUTQ = termios.TIOCOUTQ
@@ -149,16 +150,21 @@ def _polls(sock: socket.socket, event: int) -> bool:
 
 
 def is_authenticated(sock: socket.socket) -> bool:
-    """The connection has keys for TCP-AO (Linux 6.7): the kernel says ENOENT of one that has none."""
+    """The connection has keys for TCP-AO (Linux 6.7)."""
+    return _knows_ao() and _ask_about_ao(sock) != errno.ENOENT
+
+
+@functools.cache
+def _knows_ao() -> bool:
+    with failing("socket"), socket.socket() as sock:
+        return _ask_about_ao(sock) not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+
+
+def _ask_about_ao(sock: socket.socket) -> int:
+    """The kernel's errno for it: ENOENT of a connection without keys, 0 of one with some."""
     answer, size = ctypes.create_string_buffer(_TCP_AO_INFO_BYTES), ctypes.c_uint32(_TCP_AO_INFO_BYTES)
-    try:
-        check("getsockopt(TCP_AO_INFO)", libc.getsockopt(sock.fileno(), socket.IPPROTO_TCP, _TCP_AO_INFO, answer,
-                                                         ctypes.byref(size)))
-    except KernelError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOPROTOOPT, errno.EOPNOTSUPP):
-            raise
-        return False
-    return True
+    failed = libc.getsockopt(sock.fileno(), socket.IPPROTO_TCP, _TCP_AO_INFO, answer, ctypes.byref(size))
+    return ctypes.get_errno() if failed else 0
 
 
 def flow_of(sock: socket.socket) -> Flow:

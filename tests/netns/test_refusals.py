@@ -38,7 +38,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "refusals.md"
 ADDRESSES = {"v4": "192.0.2.1", "v6": "2001:db8::1"}
 IPPROTO_MPTCP = 262
 TCP_MD5SIG, TCP_AO_ADD_KEY, TCP_FASTOPEN, TCP_ULP, MSG_FASTOPEN = 14, 38, 23, 31, 0x20000000
-SO_ATTACH_BPF, SO_TIMESTAMPING, IPV6_DSTOPTS = 50, 37, 59
+SO_ATTACH_BPF, IPV6_DSTOPTS = 50, 59
 
 
 @pytest.fixture(autouse=True)
@@ -181,13 +181,14 @@ def test_ecn_unless_it_is_wanted_all_the_same(family: str) -> None:
         assert inventory.find(os.getpid(), sock.fileno(), {Refusal.ECN}).obstacle is None
 
 
-def test_timestamps_of_what_is_sent() -> None:
+@pytest.mark.parametrize("number", [37, 65], ids=["SO_TIMESTAMPING_OLD", "SO_TIMESTAMPING_NEW"])
+def test_timestamps_of_what_is_sent(number: int) -> None:
     sock, peer = pair()
     with sock, peer:
         received = 1 << 3 | 1 << 4  # RX_SOFTWARE, SOFTWARE
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, received)
+        sock.setsockopt(socket.SOL_SOCKET, number, received)
         passable_but_for_its_peer(sock)
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, received | 1 << 1)  # TX_SOFTWARE
+        sock.setsockopt(socket.SOL_SOCKET, number, received | 1 << 1)  # TX_SOFTWARE
         refused_as(sock, Refusal.SEND_TIMESTAMPS, "SO_TIMESTAMPING")
 
 
