@@ -125,7 +125,7 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
     if origin.active is not None:
         steps += [("destination", str(name), float(ms)) for name, ms in origin.active.steps]
         left += [f"destination: {one}" for one in origin.active.left]
-        notes += [str(one) for one in origin.active.notes]
+        notes += [*origin.notes, *map(str, origin.active.notes)]
     if origin.holding is not None and not origin.holding.queues and origin.touched:
         notes.append("this kernel cannot queue packets: what came meanwhile was dropped, and the peer sent it again")
     code, error, hint, refusal = ExitCode.OK, None, "", ""

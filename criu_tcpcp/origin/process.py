@@ -8,6 +8,7 @@ recovered does by signals: the process is in state T then, from `pin`.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -72,6 +73,12 @@ class OriginProcess:
         if changed:
             raise Refused(f"the program has just changed {', '.join(sorted(changed))} on the socket",
                           hint="try again")
+
+    @property
+    def is_signalled(self) -> bool:
+        """A process of this host is told of what happens at the descriptor, by a signal."""
+        with syscalls.failing("fcntl(F_GETFL)"):
+            return bool(fcntl.fcntl(self.need_socket().fileno(), fcntl.F_GETFL) & os.O_ASYNC)
 
     @property
     def is_nonblocking(self) -> bool:

@@ -137,6 +137,7 @@ class Origin:
         self._settle_until: float | None = None
         self._recovered = identity is not None
         self.last_reason = ""
+        self.notes: list[str] = []
 
     # -- staging: everything slow, nothing stopped ---------------------------------------------------------------------
 
@@ -209,6 +210,8 @@ class Origin:
     def _take(self) -> socket.socket:
         sock = self.program.take()
         self.program.read_options()
+        if self.program.is_signalled:
+            self.notes.append("the signals of its descriptor (O_ASYNC) were not carried: they are of a process here")
         return sock
 
     @staticmethod

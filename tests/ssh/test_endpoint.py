@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -99,6 +100,19 @@ def test_ip_options_go_on_in_every_packet() -> None:
         with program_socket(here) as sock:
             assert tcpinfo.read(sock).snd_mss == mss
         exchange(peer, b"after" * 2000)
+
+
+def test_the_signals_of_a_descriptor_stay_behind_and_the_report_says_so() -> None:
+    """Whoever is told at the destination might die of it."""
+    with conversation(captured=False) as (here, peer):
+        with program_socket(here) as sock:
+            fcntl.fcntl(sock, fcntl.F_SETFL, fcntl.fcntl(sock, fcntl.F_GETFL) | os.O_ASYNC)  # and nobody is told
+        exchange(peer, b"before")
+        (note,) = here.pass_once()["notes"]
+        assert "O_ASYNC" in note
+        with program_socket(here) as sock:
+            assert not fcntl.fcntl(sock, fcntl.F_GETFL) & os.O_ASYNC
+        exchange(peer, b"after")
 
 
 # -- refused by name ---------------------------------------------------------------------------------------------------
