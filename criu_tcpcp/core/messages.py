@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 from .errors import ProtocolError
 from .state import MAX_CARRIED
 
-PROTOCOL = 6  # one more for every message, field or meaning that is new
+PROTOCOL = 7  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16

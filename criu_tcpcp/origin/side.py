@@ -244,7 +244,8 @@ class Origin:
         """Refused where the program asks for a peer that is near: what this host sends on is one hop further away
         (net/ipv4/netfilter/nf_dup_ipv4.c), and a peer on the link (RFC 5082: 255) would not be heard again."""
         name = "IP_MINTTL" if self.flow.ip_version == 4 else "IPV6_MINHOPCOUNT"
-        if plan.strategy == "forward" and self.program.options.get(name):
+        sends_on = plan.strategy == "forward" or not self._need(self.staged).address_is_local
+        if sends_on and self.program.options.get(name):
             raise Refused(f"the program takes no packet that came from further away ({name}), and this host would send "
                           "them on", refusal=Refusal.MINIMAL_TTL,
                           hint="give the destination the address first, or unset it")
