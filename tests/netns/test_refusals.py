@@ -46,7 +46,14 @@ def alone() -> Iterator[None]:
     with netns.private():
         lines = ["link set lo up", *(f"address add {one} dev lo nodad" for one in ADDRESSES.values())]
         subprocess.run(["ip", "-batch", "-"], input="\n".join(lines) + "\n", text=True, check=True)
+        until(lambda: can_be_reached(ADDRESSES["v6"]), "the kernel's route to its own address")
         yield
+
+
+def can_be_reached(address: str) -> bool:
+    """By IPv6: a busy kernel adds the route a moment after the address (net/ipv6/addrconf.c, addrconf_dad_work)."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex((address, 9)) == 0
 
 
 def pair(family: str = "v4", protocol: int = 0,
