@@ -9,6 +9,7 @@ import itertools
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from criu_tcpcp.core import tcp
 from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.core.errors import KernelError
 from criu_tcpcp.core.options import BY_NAME, TABLE, Form, OptionValue, applying
-from criu_tcpcp.core.restoreplan import activation_steps
+from criu_tcpcp.core.restoreplan import activation_steps, clock_steps
 from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.kernel import repair, sockopt, tcpinfo
 from criu_tcpcp.kernel.rawpacket import Injector, Sniffer
