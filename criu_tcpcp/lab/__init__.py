@@ -12,5 +12,6 @@ it imports `core` and `kernel.netns`, and nothing of the product imports it, exc
 from .host import Host
 from .lab import Lab
 from .leftovers import leftovers
+from .weather import Weather
 
-__all__ = ["Host", "Lab", "leftovers"]
+__all__ = ["Host", "Lab", "Weather", "leftovers"]

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from . import network, processes
 from .host import Host
 from .record import Record, records, start_time
 from .sshd import Ssh
+from .weather import Weather
 
 
 class Lab:
@@ -65,6 +67,19 @@ class Lab:
     def keep_order(self) -> None:
         """From now on the network never reorders: for who judges streams as on a path that does not."""
         network.keep_order([host.netns.name for host in self.hosts.values()])
+
+    def put_relay(self, weather: Weather, *, offload: bool = False) -> subprocess.Popen[str]:
+        """From now on, until its stdin or the lab ends, a bad network lies between the peer and the servers (relay.py).
+        Its last line on stdout is what it did."""
+        argv = ["chrt", "--rr", "1", sys.executable, "-m", "criu_tcpcp.lab.relay", *weather.options(),
+                *(["--offload"] if offload else [])]
+        process: subprocess.Popen[str] = self.gateway.spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                                            stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError(process.stderr.read().strip() or "the relay ended at once")
+        return process
 
     def __enter__(self) -> Self:
         self.sweep()

@@ -62,14 +62,14 @@ def build(plan: dict[str, Place], namespaces: dict[str, str]) -> None:
     # The first `ip netns add` on a machine mounts /run/netns on itself: two at once would do it twice, and the upper
     # mount would hide what lies in the lower one.
     with _alone():
-        _ip([], [f"netns add {name}" for name in namespaces.values()])
+        ip([], [f"netns add {name}" for name in namespaces.values()])
     for host, place in plan.items():
         with netns.enter(NETNS_DIRECTORY / namespaces[host]):
             _set_sysctls(router=place.router)
-    _ip(["-n", namespaces[GATEWAY]], list(_gateway_commands(plan, namespaces)))
+    ip(["-n", namespaces[GATEWAY]], list(_gateway_commands(plan, namespaces)))
     for host, place in plan.items():
         if not place.router:
-            _ip(["-n", namespaces[host]], list(_host_commands(place)))
+            ip(["-n", namespaces[host]], list(_host_commands(place)))
     for host in plan:
         with netns.enter(NETNS_DIRECTORY / namespaces[host]):
             _wait_for_local_routes()
@@ -172,7 +172,8 @@ def _wait_for_local_routes() -> None:
         time.sleep(0.001)
 
 
-def _ip(options: Sequence[str], commands: Sequence[str]) -> None:
+def ip(options: Sequence[str], commands: Sequence[str]) -> None:
+    """One `ip -batch` run in the calling thread's namespace. RuntimeError with what it says where one fails."""
     done = subprocess.run(["ip", *options, "-batch", "-"], input="\n".join([*commands, ""]), text=True,
                           capture_output=True, check=False)
     if done.returncode != 0:
