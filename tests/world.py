@@ -164,14 +164,14 @@ class World:
 
     def prove(self, before: dict[str, int] | None = None, *, loss_free: bool = True,
               application: dict[str, Any] | None = None, changes: bool = True,
-              passes: int | None = None) -> verify.Verdict:
+              passes: int | None = None, reorders: bool = False) -> verify.Verdict:
         """That the peer could not tell: every assertion over the whole life of the connection, and nothing unjudged but
         what is named here. `application`: what the peer's program reported; `changes`: the owner spoke between any two
         passes, so that every pass can be seen; `passes`: how many there were, where `pass_once` did not do them."""
         counters = (before, self.counters()) if before is not None else None
         captures = self.captures()
         verdict = self._judged(captures, loss_free=loss_free, counters=counters, application=application,
-                               passes=passes)
+                               passes=passes, reorders=reorders)
         found = [one for one in verdict.violations if not self._was_too_slow(one)]
         assert not found, "\n".join(map(str, found[:20]))
         accepted = ["10: the peer's application: no report" if application is None else None,
@@ -186,18 +186,22 @@ class World:
             assert len(verdict.turns) == (self.passes if passes is None else passes) + 1, verdict.turns
         return verdict
 
-    def verdict(self, before: dict[str, int] | None = None, *, loss_free: bool = True) -> verify.Verdict:
+    def verdict(self, before: dict[str, int] | None = None, *, loss_free: bool = True,
+                reorders: bool = False) -> verify.Verdict:
         """The wire assertions over the whole life of the connection."""
         counters = (before, self.counters()) if before is not None else None
-        return self._judged(self.captures(), loss_free=loss_free, counters=counters, application=None)
+        return self._judged(self.captures(), loss_free=loss_free, counters=counters, application=None,
+                            reorders=reorders)
 
     def _judged(self, captures: list[verify.Capture], *, loss_free: bool,
                 counters: tuple[dict[str, int], dict[str, int]] | None,
-                application: dict[str, Any] | None, passes: int | None = None) -> verify.Verdict:
+                application: dict[str, Any] | None, passes: int | None = None,
+                reorders: bool = False) -> verify.Verdict:
         """The peer's program closes, and the passed one closes then: who was asked for a FIN is known."""
         assert self.flow is not None
         expect = verify.Expectations(loss_free=loss_free, passes=self.passes if passes is None else passes,
-                                     offload=not self.whole, fin_passed=True, fin_peer=True)
+                                     offload=not self.whole, fin_passed=True, fin_peer=True,
+                                     reorders=reorders)
         record = verify.PeerRecord.from_json(application) if application is not None else None
         return verify.verify(captures, self.flow, expect, counters=counters, application=record)
 

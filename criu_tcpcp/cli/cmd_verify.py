@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="how often it was passed, there and back in turn (default: %(default)s)")
     parser.add_argument("--loss-free", action="store_true",
                         help="the path loses nothing: what is sent again is judged, not only counted")
+    parser.add_argument("--reorders", action="store_true",
+                        help="the path may change the order of packets: judge them in the order in which they were "
+                        "sent, by captures of all three hosts")
     parser.add_argument("--closed-by", choices=list(_CLOSERS),
                         help="whose application closed: other FINs are violations")
     parser.add_argument("--negotiated", metavar="NAME=VALUE,...",
@@ -105,7 +108,7 @@ def _expectations(arguments: argparse.Namespace) -> Expectations:
     from ..verify import Expectations
     fin_passed, fin_peer = _CLOSERS.get(arguments.closed_by, (None, None))
     return Expectations(negotiated=_negotiated(arguments.negotiated), loss_free=arguments.loss_free,
-                        passes=arguments.passes, fin_passed=fin_passed, fin_peer=fin_peer)
+                        reorders=arguments.reorders, passes=arguments.passes, fin_passed=fin_passed, fin_peer=fin_peer)
 
 
 def _negotiated(text: str | None) -> Negotiated:

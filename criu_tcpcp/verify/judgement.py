@@ -63,7 +63,8 @@ class Expectations:
     which makes every retransmission and every gap a violation; `fin_passed`, `fin_peer`: did the application of that
     end ask for a FIN (None: not told); `equal_hops`: both hosts are as far from the peer, so the TTL must not change;
     `macs`: Ethernet source -> host, as the peer's capture sees them; `jiffy_ns`: of the kernels concerned; `passes`:
-    how often the connection was passed, there and back in turn."""
+    how often the connection was passed, there and back in turn; `reorders`: the path may change the order of packets,
+    so what each end sent is judged as it left that end's hosts, which needs captures at all of them, by one clock."""
 
     negotiated: Negotiated = field(default_factory=Negotiated)
     offload: bool = True
@@ -74,6 +75,7 @@ class Expectations:
     macs: dict[bytes, Role] = field(default_factory=dict)
     jiffy_ns: int = 4_000_000
     passes: int = 1
+    reorders: bool = False
 
 
 class Assertion:

@@ -8,6 +8,9 @@ A packet that crossed several capture points is one packet. So nothing is counte
   over them again (their clocks are set by the peer's, `clocks`), and their bytes share one memory with the truth's, so
   that a byte that never arrived is compared too. What both streams object to is reported once.
 
+Where the path may reorder (`Expectations.reorders`), the truth is what each end sent, as it was sent: the peer's
+packets of its own capture and the passed end's of the egress captures, merged by time.
+
 An egress capture must hold what its own host sends: where the destination's packets return through the origin, take
 the origin's capture in the LINUX_SLL format (it tells incoming from outgoing), or give `Expectations.macs`.
 A peer's packet that comes twice to the egress captures (held at the origin, forwarded to the destination) is harmless:
@@ -34,7 +37,7 @@ from .judgement import Assertion, Expectations, Turn, Violation
 from .packet import RST, CaptureError, IcmpError, Packet, Role
 from .seq import ByteStore
 from .traffic import Counts, Retransmissions, Stall, StallMeter, Tally, order
-from .wire import Identity, Negotiated, Wire, identity
+from .wire import RECENT, RECENT_ON_LONG_PATHS, Identity, Negotiated, Wire, identity
 
 _EGRESS = (Role.ORIGIN, Role.DESTINATION)
 
@@ -91,6 +94,8 @@ def verify(captures: Sequence[Capture], flow: Flow | None = None, expect: Expect
     egress = order([packet for capture in egress_captures for packet in mine[id(capture)]
                     if packet.outgoing is not False or packet.src == flow.peer])
     truth = order(mine[id(at_peer[0])]) if at_peer else egress
+    if expect.reorders:
+        truth = _as_sent(flow, [mine[id(capture)] for capture in at_peer], egress)
     if not truth:
         raise CaptureError(f"no packet of {flow} in the captures")
 
@@ -98,7 +103,7 @@ def verify(captures: Sequence[Capture], flow: Flow | None = None, expect: Expect
     roles = {capture.name: capture.role for capture in captures}
     judge = _Judge(flow, expect, hosts, roles, truth, {capture.role for capture in captures} & set(_EGRESS),
                    _senders(flow, egress, roles))
-    judge.run_truth(truth, strict=expect.loss_free or not at_peer)
+    judge.run_truth(truth, strict=expect.loss_free or expect.reorders or not at_peer)
     if at_peer and egress:
         judge.run_egress(egress)
     judge.finish(captures, at_peer=bool(at_peer))
@@ -132,7 +137,8 @@ class _Judge:
         self.negotiated = expect.negotiated.or_else(_handshake(self._wire(), truth))
 
     def _wire(self) -> Wire:
-        return Wire(self.flow, self.hosts, self.roles, self.senders)
+        return Wire(self.flow, self.hosts, self.roles, self.senders,
+                    RECENT_ON_LONG_PATHS if self.expect.reorders else RECENT)
 
     def run_truth(self, packets: Iterable[Packet], strict: bool) -> None:
         expect, negotiated = self.expect, self.negotiated
@@ -208,6 +214,13 @@ def _key(violation: Violation) -> tuple[Any, ...]:
     if not isinstance(packet, Packet):
         return (violation.assertion, violation.reason)
     return (violation.assertion, packet.src, packet.seq, packet.ack, packet.flags, packet.options.tsval)
+
+
+def _as_sent(flow: Flow, at_peer: list[list[Packet]], egress: list[Packet]) -> list[Packet]:
+    if not at_peer or not egress:
+        raise CaptureError("on a path that reorders, captures at the peer and at the hosts are needed")
+    return order([*(packet for packet in at_peer[0] if packet.src == flow.peer),
+                  *(packet for packet in egress if packet.src == flow.local)])
 
 
 def _handshake(wire: Wire, packets: Iterable[Packet]) -> Negotiated:

@@ -23,7 +23,8 @@ from .packet import ACK, RST, SYN, Options, Packet, Role
 from .seq import RangeSet, unwrap
 
 Identity = tuple[int, int, int, int, int, int | None]
-_RECENT = 64  # acknowledgements that may be on their way to a sender at once
+RECENT = 64  # acknowledgements that may be on their way to a sender at once
+RECENT_ON_LONG_PATHS = 4096
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,25 @@ class Negotiated:
         return replace(self, **missing)
 
 
+class Recent:
+    """The last so many of some numbers."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._order: deque[int] = deque()
+        self._known: set[int] = set()
+
+    def add(self, number: int) -> None:
+        """One that is greater than all before."""
+        self._order.append(number)
+        self._known.add(number)
+        if len(self._order) > self._count:
+            self._known.remove(self._order.popleft())
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._known
+
+
 @dataclass
 class Side:
     """One end's half of the connection. `from_start`: its SYN was seen, so nothing that it sent came earlier."""
@@ -50,7 +70,7 @@ class Side:
     first: int | None = None
     sent_end: int | None = None
     acked: int | None = None
-    recently_acked: deque[int] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    recently_acked: Recent = field(default_factory=lambda: Recent(RECENT))
     from_start: bool = False
     tsvals: set[int] = field(default_factory=set)
     ranges: RangeSet = field(default_factory=RangeSet)
@@ -93,12 +113,13 @@ def identity(packet: Packet) -> Identity:
 
 class Wire:
     """State of one stream of packets of one flow. `hosts` maps Ethernet sources to the passed end's hosts; where a
-    router hides them, `senders` does what `identity` makes of the packets."""
+    router hides them, `senders` does what `identity` makes of the packets. `recent`: how many acknowledgements may be
+    on their way."""
 
     def __init__(self, flow: Flow, hosts: Mapping[bytes, Role], roles: Mapping[str, Role],
-                 senders: Mapping[Identity, Role] | None = None) -> None:
-        self.peer = Side()
-        self.passed = Side()
+                 senders: Mapping[Identity, Role] | None = None, recent: int = RECENT) -> None:
+        self.peer = Side(recently_acked=Recent(recent))
+        self.passed = Side(recently_acked=Recent(recent))
         self._peer_end = flow.peer
         self._hosts = hosts
         self._roles = roles
@@ -145,7 +166,7 @@ class Wire:
             invented = not step.from_peer and theirs.from_start and step.ack > (theirs.sent_end or 0)
             if not invented:
                 theirs.acked = step.ack
-                theirs.recently_acked.append(step.ack)
+                theirs.recently_acked.add(step.ack)
         if packet.options.tsval is not None:
             ours.tsvals.add(packet.options.tsval)
         new = ours.ranges.add(step.data_start, step.data_end) if not step.probe else 0

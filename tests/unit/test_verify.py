@@ -382,6 +382,43 @@ def test_what_left_a_host_and_did_not_arrive_counts_too() -> None:
         (2, replace(lost, capture="origin")), (3, replace(lost, capture="origin"))]
 
 
+def late(packet: Packet, by_ms: int) -> Packet:
+    return replace(packet, time_ns=packet.time_ns + by_ms * MS)
+
+
+def split(talk: Talk) -> tuple[list[Packet], list[Packet]]:
+    """What the origin sent, and what the destination did."""
+    return ([packet for packet in talk.packets if packet.ether_src == MACS[Role.ORIGIN]],
+            [packet for packet in talk.packets if packet.ether_src == MACS[Role.DESTINATION]])
+
+
+@pytest.mark.parametrize("reorders", [False, True])
+def test_what_the_path_reordered_is_judged_as_it_was_sent(reorders: bool) -> None:
+    """Every fourth packet comes to the peer behind the next ones, and some never do."""
+    talk = passed(Talk())
+    origin, destination = split(talk)
+    answers = [*origin, *destination]
+    arrived = [packet for packet in talk.packets if packet.src == PEER]
+    arrived += [late(packet, 4) if number % 4 == 2 else packet for number, packet in enumerate(answers)
+                if number % 5 != 4]
+    verdict = verify([capture(sorted(arrived, key=lambda packet: packet.time_ns)), capture(origin, Role.ORIGIN),
+                      capture(destination, Role.DESTINATION)], FLOW,
+                     replace(ASKED, loss_free=False, reorders=reorders))
+    assert {one.assertion for one in verdict.violations} == (set() if reorders else {4, 5, 6})
+    assert [turn.host for turn in verdict.turns] == [Role.ORIGIN, Role.DESTINATION]
+
+
+def test_on_a_path_that_reorders_what_was_sent_wrongly_is_still_found() -> None:
+    talk = passed(Talk())
+    origin, destination = split(talk)
+    destination[-1] = replace(destination[-1], ack=destination[-1].ack - 100)
+    verdict = verify([capture(talk.packets), capture(origin, Role.ORIGIN), capture(destination, Role.DESTINATION)],
+                     FLOW, replace(ASKED, loss_free=False, reorders=True))
+    assert 4 in {one.assertion for one in verdict.violations}
+    with pytest.raises(CaptureError, match="at the peer and at the hosts"):
+        verify([capture(talk.packets)], FLOW, replace(ASKED, reorders=True))
+
+
 def test_egress_captures_alone_are_enough_for_most() -> None:
     talk = passed()
     verdict = verify(three(talk)[1:], FLOW, replace(STRICT, loss_free=False))

@@ -265,3 +265,16 @@ def test_nonsense_is_one_clear_line(command: Command) -> None:
                                   ["--peer"], ["--nonsense"]], ids=" ".join)
 def test_usage(command: Command, argv: list[str]) -> None:
     command.refuses(USAGE, argv[0], "peer.pcap", *argv)
+
+
+def test_what_the_path_turned_around_is_no_violation_where_it_may(command: Command) -> None:
+    talk = passed()
+    files = three(command, talk)
+    answers = [number for number, packet in enumerate(talk.packets) if packet.src == LOCAL]
+    late = talk.packets[answers[2]]
+    later = replace(late, time_ns=talk.packets[answers[3]].time_ns + 1)
+    command.write("peer.pcap", sorted([*(one for one in talk.packets if one is not late), later],
+                                      key=lambda packet: packet.time_ns))
+    assert not command.judges(*files)["ok"]
+    assert command.judges("--reorders", *files)["ok"]
+    command.refuses(REFUSED, "at the peer and at the hosts", "--reorders", files[0])
