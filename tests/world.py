@@ -136,6 +136,7 @@ class World:
             elif waiting:
                 self._until_it_listens(host, port if host is lab.destination else PORT)
         self.owner = lab.origin
+        self.undone: list[str] = []  # why attempts of the last pass left the connection with its owner
         self.ssh_options: list[str] = []  # of another way to the other host than the lab's
         self.flow: Flow | None = None
         self._slow: list[tuple[int, int]] = []  # passes that held packets for as long as a peer's timer: began, over
@@ -294,6 +295,7 @@ class World:
         """Pass the connection to the other host, over real SSH; returns the report. `attempts`: on a machine that has
         much else to do, one may be undone for want of time, which the peer must not notice either."""
         served = self.nodes[self.other.name].count("serving")
+        self.undone = []
         for left in reversed(range(attempts)):
             began = time.time_ns()
             done = self.owner.run(self.pass_argv(*options), check=False, env=env)
@@ -304,6 +306,7 @@ class World:
             undone = report["owner"] == "origin" and re.search("in time|max-stall", str(report["error"]))
             if not (left and undone):
                 break
+            self.undone.append(str(report["error"]))
         assert done.returncode == report["exit"] == 0, (report, done.stderr)
         self._owners.append((began, time.time_ns(), self.owner, self.other))
         self.owner = self.other

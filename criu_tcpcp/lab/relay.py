@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--late", type=float, default=2.0, metavar="MS", help="of what is reordered, at most")
     parser.add_argument("--rate", type=float, help="bytes a second, each way")
     parser.add_argument("--queue", type=float, default=100.0, metavar="MS", help="the longest wait for that")
+    parser.add_argument("--spared", type=int, default=0, metavar="N", help="the first N of each way are only delayed")
     parser.add_argument("--offload", action="store_true", help="packets of up to 64 KB, not cut into segments")
     return parser
 
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         weather = Weather(arguments.seed, arguments.delay, arguments.loss, arguments.duplicate, arguments.reorder,
-                          arguments.late, arguments.rate, arguments.queue)
+                          arguments.late, arguments.rate, arguments.queue, arguments.spared)
     except ValueError as error:
         parser.error(str(error))
     try:

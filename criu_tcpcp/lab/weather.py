@@ -20,7 +20,8 @@ _NEVER = -1
 class Weather:
     """Of both directions. `delay_ms`: of every packet, one way. `loss`, `duplicate`, `reorder`: shares of the packets,
     0 to 1; one that is reordered waits up to `late_ms` longer, and those behind it go by. `rate`: bytes a second that
-    fit through, None for any number; what would wait for longer than `queue_ms` is dropped, as by a full queue."""
+    fit through, None for any number; what would wait for longer than `queue_ms` is dropped, as by a full queue. The
+    first `spared` packets of each direction are only delayed: a handshake, say."""
 
     seed: int = 1
     delay_ms: float = 0.0
@@ -30,6 +31,7 @@ class Weather:
     late_ms: float = 2.0
     rate: float | None = None
     queue_ms: float = 100.0
+    spared: int = 0
 
     def __post_init__(self) -> None:
         if not all(0 <= share <= 1 for share in (self.loss, self.duplicate, self.reorder)):
@@ -40,7 +42,8 @@ class Weather:
     def options(self) -> list[str]:
         """Of the program that makes it, `lab.relay`."""
         values = {"seed": self.seed, "delay": self.delay_ms, "loss": self.loss, "duplicate": self.duplicate,
-                  "reorder": self.reorder, "late": self.late_ms, "rate": self.rate, "queue": self.queue_ms}
+                  "reorder": self.reorder, "late": self.late_ms, "rate": self.rate, "queue": self.queue_ms,
+                  "spared": self.spared}
         return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
 
 
@@ -56,11 +59,15 @@ class Fates:
 
     def __init__(self, weather: Weather, direction: str) -> None:
         self._weather = weather
+        self._spared = weather.spared
         self._random = random.Random(f"{weather.seed}/{direction}").random
 
     def next(self) -> Fate:
         weather, draw = self._weather, self._random
         lost, doubled, late, how_late = draw(), draw(), draw(), draw()
+        if self._spared:
+            self._spared -= 1
+            return Fate(1, 0.0)
         if lost < weather.loss:
             return Fate(0, 0.0)
         return Fate(1 + (doubled < weather.duplicate), how_late * weather.late_ms if late < weather.reorder else 0.0)

@@ -44,6 +44,11 @@ def test_one_rate_changes_nothing_but_its_own() -> None:
     assert all(one.late_ms == other.late_ms for one, other in zip(without, with_loss, strict=True) if other.copies)
 
 
+def test_the_first_packets_may_be_spared() -> None:
+    weather = Weather(7, loss=1.0, spared=3)
+    assert [one.copies for one in fates(weather, count=5)] == [1, 1, 1, 0, 0]
+
+
 def test_a_line_delays_and_keeps_its_rate() -> None:
     line = Line(Weather(delay_ms=10, rate=1e6, queue_ms=5), IN)
     assert line.take(1000, 0) == (1, 11_000_000)
