@@ -156,7 +156,9 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
         redirect=f"{plan.strategy} ({plan.reason})" if plan is not None else "", steps=tuple(steps),
         stall_ms=round(stall, 3) if stall is not None else None,
         left=tuple(left), notes=tuple(notes), error=error, hint=hint,
-        refusal=refusal, details={"held_packets": origin.holding.packets if origin.holding is not None else 0})
+        refusal=refusal,
+        details={"held_packets": origin.holding.packets if origin.holding is not None else 0,
+                 "congestion": origin.options.congestion})
 
 
 def _cause(origin: Origin, executor: Executor[OriginState]) -> str:

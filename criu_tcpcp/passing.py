@@ -22,10 +22,12 @@ from .core.messages import MAX_PROLOGUE
 from .core.refusals import Refusal
 from .inventory import Connection
 from .journal import Journal
-from .kernel import netns
+from .kernel import netns, tcpinfo
 from .origin import Options, Origin
 from .report import PassError, Report
 from .transport.target import LocalTarget, Target, parse_host
+
+CONGESTION = ("keep", "restart")
 
 Progress = Callable[[str], None]
 
@@ -50,6 +52,8 @@ def check_options(options: dict[str, Any]) -> Options:
     except TypeError as error:
         raise UsageError(str(error)) from None
     graft.check_name(wanted.into)
+    if wanted.congestion not in CONGESTION:
+        raise UsageError(f"--congestion {wanted.congestion[:80]}: keep or restart")
     redirect.check_name(wanted.redirect)
     if wanted.prologue is not None:
         if len(wanted.prologue) > MAX_PROLOGUE:
@@ -78,6 +82,7 @@ def preview(connection: Connection, target: Target | LocalTarget, options: dict[
         return {"destination": f"{hello.host} (criu-tcpcp {hello.version})" if hello else "",
                 "into": staged.into if staged else "",
                 "redirect": f"{plan.strategy}: {plan.reason}" if plan else "",
+                "congestion": f"{origin.options.congestion} ({tcpinfo.learnt(origin.program.need_socket())} so far)",
                 "packets": "held" if origin.holding and origin.holding.queues
                 else "dropped during the pass: this kernel cannot queue them"}
     finally:

@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="how later packets get there: auto, none, forward or hook:CMD (default: %(default)s)")
     parser.add_argument("--via", metavar="ADDRESS", help="the destination's address for packets (default: as SSH)")
     add_freeze_arguments(parser)
+    parser.add_argument("--congestion", default="keep", choices=["keep", "restart"],
+                        help="go on with the congestion window and round trip that were learnt of the path, or as a "
+                             "new connection does (default: %(default)s)")
     parser.add_argument("--doubt-limit", type=float, default=5, metavar="S",
                         help="where the destination does not answer the offer: let the process run again, without the "
                              "connection, after this time (default: %(default)s)")
@@ -72,6 +75,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
             "app_state": _bytes("--app-state", arguments.app_state, MAX_CARRIED, "256 MiB") or b"",
             "tls_anyway": arguments.tls_anyway, "ecn_anyway": arguments.ecn_anyway,
             "prologue": _bytes("--prologue", arguments.prologue, MAX_PROLOGUE, "32 KiB"),
+            "congestion": arguments.congestion,
             "doubt_limit_s": _not_negative("--doubt-limit", arguments.doubt_limit), **freeze_options(arguments)}
 
 

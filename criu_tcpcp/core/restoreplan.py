@@ -12,21 +12,22 @@ dormant, in repair, nothing leaves the host:
   5. Sequence numbers: legal only in CLOSE.
   6. Connect: in repair, no SYN; then the negotiated options (legal while nothing was sent), then the timestamp clock,
      since connect takes its unit from the route.
-  7. The queues: received bytes; sent bytes, which go into the retransmit queue. Unsent bytes are not written here.
-  8. The window, checked by the kernel against rcv_nxt, so after the receive queue.
-  9. Our FIN, if it was sent: shutdown() with the send queue selected puts it into the retransmit queue, unsent
+  7. What was learnt of the path, which has no setter either: window and round trip begin where they were (core/recall).
+  8. The queues: received bytes; sent bytes, which go into the retransmit queue. Unsent bytes are not written here.
+  9. The window, checked by the kernel against rcv_nxt, so after the receive queue.
+ 10. Our FIN, if it was sent: shutdown() with the send queue selected puts it into the retransmit queue, unsent
      (tcp_output.c, tcp_write_xmit). And a segment of the peer's, made here: it carries ts_recent, which has no setter,
      the acknowledgement of our FIN if that came (FIN_WAIT2), and the peer's FIN if that came. Which of the two comes
      first decides the state: LAST_ACK is the peer's first, CLOSING is ours. To a FIN behind ours the stack answers at
      once (tcp_input.c, tcp_fin): only a rule keeps that from leaving the host.
 active, after the commit:
- 10. The clock again, with the time that passed at the origin; only then may a segment leave the host. Then repair off:
+ 11. The clock again, with the time that passed at the origin; only then may a segment leave the host. Then repair off:
      silent (-1), or with a probe (0) where the peer waits for an acknowledgement.
- 11. The unsent bytes: earlier than the final repair-off they can hang. In front of them, how they are to be sent
+ 12. The unsent bytes: earlier than the final repair-off they can hang. In front of them, how they are to be sent
      (TCP_NODELAY, TCP_CORK); behind them our FIN, if it waits there. A peer's FIN has been received by then: CLOSING,
      in which ours was never on the wire, becomes LAST_ACK. The peer has not seen ours when it sends its own, so that it
      is the peer that waits at the end (RFC 9293 3.6, TIME-WAIT).
- 12. The options that repair overrides or that act at once.
+ 13. The options that repair overrides or that act at once.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from dataclasses import dataclass, field
 from . import tcp
 from .endpoint import Endpoint, Flow
 from .options import OptionValue, When, applying
+from .recall import Recall, recall
 from .state import ConnectionState, Window
 from .tcp import TcpState
 
@@ -133,13 +135,24 @@ class SetWindow:
 
 @dataclass(frozen=True)
 class InjectSegment:
-    """A segment of the peer's that never was on the wire: see 9 above."""
+    """A segment of the peer's that never was on the wire: see 10 above."""
 
     sequence: int
     acknowledgement: int
     window: int  # as on the wire: scaled
     timestamp: int | None
     fin: bool
+    echo: int = 0  # TSecr
+
+
+@dataclass(frozen=True)
+class RecallPath:
+    """Bytes that were acknowledged long ago are put into the send queue as sent ones, and `segment` acknowledges them
+    when the clock shows `clock`: see core/recall.py. None of them is ever on any wire."""
+
+    bytes_: int
+    clock: int | None
+    segment: InjectSegment
 
 
 @dataclass(frozen=True)
@@ -165,8 +178,8 @@ class WriteUnsent:
 
 
 Step = (SetOption | ForceBuffers | AllowAnyReuse | EnterRepair | BeTransparent | SetMaxSegment | LimitWindow | Bind
-        | SetSequence | Connect | SetNegotiated | SetTimestamp | FillQueue | SetWindow | InjectSegment | QueueFin
-        | ShutRead | LeaveRepair | WriteUnsent)
+        | SetSequence | Connect | SetNegotiated | SetTimestamp | RecallPath | FillQueue | SetWindow | InjectSegment
+        | QueueFin | ShutRead | LeaveRepair | WriteUnsent)
 
 
 def _options(state: ConnectionState, when: When, fresh: Mapping[str, OptionValue]) -> list[Step]:
@@ -188,18 +201,23 @@ def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | Non
     this host, where they are known: what the connection has in common with it needs no step."""
     fresh = fresh or {}
     negotiated, window, fin = state.negotiated, state.window, state.fin_received
+    recalled = recall(state.congestion, negotiated) or Recall(0, None)
     steps: list[Step] = [AllowAnyReuse(), EnterRepair(),
-                         ForceBuffers(2 * len(state.received) + _BUFFER_SLACK, 2 * len(state.outgoing) + _BUFFER_SLACK),
+                         ForceBuffers(2 * len(state.received) + _BUFFER_SLACK,
+                                      2 * (len(state.outgoing) + recalled.bytes_) + _BUFFER_SLACK),
                          BeTransparent(), *_options(state, When.BEFORE_BIND, fresh),
                          SetMaxSegment(min(negotiated.mss_clamp, tcp.MAX_MSS)),
                          *([] if negotiated.wscale else [LimitWindow(tcp.MAX_UNSCALED_WINDOW)]), Bind(state.flow.local),
-                         SetSequence("receive", state.copied_seq), SetSequence("send", state.first_outgoing),
+                         SetSequence("receive", state.copied_seq),
+                         SetSequence("send", tcp.add(state.first_outgoing, -recalled.bytes_)),
                          Connect(state.flow.peer),
                          SetNegotiated(negotiated.mss_clamp,
                                        (negotiated.snd_wscale, negotiated.rcv_wscale) if negotiated.wscale else None,
                                        negotiated.sack, negotiated.timestamps)]
     if state.timestamp is not None:
         steps.append(SetTimestamp(later_timestamp(state.timestamp, 0)))
+    if recalled.bytes_:
+        steps.append(_recall_path(state, recalled))
     if state.received:
         steps.append(FillQueue("receive", state.received))
     if state.sent:
@@ -226,6 +244,15 @@ def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | Non
         steps.append(ShutRead())
     steps += _options(state, When.CONNECTED, fresh)
     return steps
+
+
+def _recall_path(state: ConnectionState, recalled: Recall) -> RecallPath:
+    """Nothing is in the receive queue yet: the segment is right behind what the program has read."""
+    clock = None if state.timestamp is None else later_timestamp(state.timestamp, 0)
+    echo = 0 if clock is None else recalled.echo(clock)
+    window = min(state.window.snd_wnd >> state.negotiated.snd_wscale, 65535)
+    return RecallPath(recalled.bytes_, clock, InjectSegment(state.copied_seq, state.first_outgoing, window,
+                                                            state.ts_recent, fin=False, echo=echo))
 
 
 def clock_steps(state: ConnectionState, elapsed_ms: int) -> list[Step]:

@@ -58,13 +58,29 @@ class Window:
 
 @dataclass(frozen=True)
 class Congestion:
-    """What the sender had learnt of the path, from TCP_INFO: segments, and times in microseconds."""
+    """What the sender had learnt of the path, from TCP_INFO: segments, and times in microseconds. All 0 where the path
+    is another one (`NOTHING_LEARNT`)."""
 
     snd_cwnd: int
     snd_ssthresh: int
     rtt_us: int
     rttvar_us: int
     rto_us: int
+
+    def after(self, idle_us: int) -> Congestion:
+        """The same when nothing was sent for so long: a window that is not used says less and less, and halves with
+        every retransmission time-out, as the kernel has it at the next sending (RFC 2861 3, net/ipv4/tcp_output.c
+        tcp_cwnd_restart)."""
+        halvings = min(idle_us // self.rto_us, 32) if self.rto_us else 0
+        floor = min(self.snd_cwnd, tcp.INITIAL_WINDOW)
+        return replace(self, snd_cwnd=max(self.snd_cwnd >> halvings, floor))
+
+
+    def __str__(self) -> str:
+        return f"a window of {self.snd_cwnd} segments, a round trip of {self.rtt_us / 1000:.1f} ms"
+
+
+NOTHING_LEARNT = Congestion(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)

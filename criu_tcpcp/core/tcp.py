@@ -9,6 +9,8 @@ MODULUS = 1 << 32
 #: Bits of tcpi_options (linux/tcp.h), which CRIU's images use as opt_mask.
 OPT_TIMESTAMPS, OPT_SACK, OPT_WSCALE, OPT_ECN, OPT_ECN_SEEN, OPT_SYN_DATA, OPT_USEC_TS = 1, 2, 4, 8, 16, 32, 64
 
+INITIAL_WINDOW = 10  # segments (RFC 6928; TCP_INIT_CWND, include/net/tcp.h)
+TIMESTAMP_OPTION = 12  # bytes of every segment, with its padding (RFC 7323 appendix A)
 MAX_WSCALE = 14  # RFC 7323 2.3
 MAX_UNSCALED_WINDOW = 65535
 MIN_MSS, MAX_MSS = 48, 32767  # TCP_MIN_SND_MSS - options; TCP_MAXSEG refuses more (net/ipv4/tcp.c, MAX_TCP_WINDOW)

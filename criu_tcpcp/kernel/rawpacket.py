@@ -106,7 +106,7 @@ class Injector:
 
     def deliver(self, flow: Flow, segment: InjectSegment) -> None:
         """Hand the segment, from the peer, to the local end of the flow."""
-        stamps = (segment.timestamp, 0) if segment.timestamp is not None else None
+        stamps = (segment.timestamp, segment.echo) if segment.timestamp is not None else None
         packet = build_segment(flow.peer, flow.local, sequence=segment.sequence,
                                acknowledgement=segment.acknowledgement,
                                flags=ACK | (FIN if segment.fin else 0), window=segment.window, timestamps=stamps)

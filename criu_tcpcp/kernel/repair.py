@@ -15,6 +15,7 @@ import errno
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 
 from ..core import tcp
@@ -33,6 +34,7 @@ from ..core.restoreplan import (
     LeaveRepair,
     LimitWindow,
     QueueFin,
+    RecallPath,
     SetMaxSegment,
     SetNegotiated,
     SetOption,
@@ -43,7 +45,7 @@ from ..core.restoreplan import (
     Step,
     WriteUnsent,
 )
-from ..core.state import Congestion, ConnectionState, Negotiated, Window
+from ..core.state import ConnectionState, Negotiated, Window
 from ..core.tcp import TcpState
 from . import sockopt, tcpinfo
 from .syscalls import failing
@@ -62,6 +64,7 @@ _IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
 _PEEK_SLACK = 1 << 20  # the retransmit queue's head may be one partly acknowledged skb longer than SIOCOUTQ says
 _CHUNK = 1 << 20
 _WRITE_TIMEOUT_S = 5
+_ACKNOWLEDGED_TIMEOUT_S, _LOOK_AGAIN_S = 0.05, 0.0002
 
 
 def _set(sock: socket.socket, name: str, number: int, value: int | bytes) -> None:
@@ -150,7 +153,7 @@ def read_state(sock: socket.socket, options: dict[str, OptionValue], nonblocking
     is ahead of the clock (net/ipv4/tcp_output.c, tcp_wstamp_ns; 11 ms seen at 6 MB/s). Refused where the state turns
     out to be one that cannot be carried."""
     flow = tcpinfo.flow_of(sock)
-    info = tcpinfo.read(sock)
+    info, learnt = tcpinfo.read(sock), tcpinfo.learnt(sock)
     shut_read = info.state not in tcp.FIN_RECEIVED_STATES and tcpinfo.reads_end(sock)
     peek_offset = options.get("SO_PEEK_OFF", -1)
     if peek_offset != -1:  # it would shift what is peeked
@@ -186,7 +189,7 @@ def read_state(sock: socket.socket, options: dict[str, OptionValue], nonblocking
             negotiated=Negotiated(mss_clamp, bool(has & tcp.OPT_WSCALE), info.snd_wscale, info.rcv_wscale,
                                   bool(has & tcp.OPT_SACK), timestamps, bool(has & tcp.OPT_ECN)),
             window=window, timestamp=timestamp if timestamps else None, ts_recent=ts_recent if timestamps else None,
-            congestion=Congestion(info.snd_cwnd, info.snd_ssthresh, info.rtt_us, info.rttvar_us, info.rto_us),
+            congestion=learnt,
             options=options, nonblocking=nonblocking)
     except ValueError as error:
         raise Refused(f"the connection's state cannot be carried: {error}") from None
@@ -258,6 +261,8 @@ class Restorer:
                 _set(sock, "TCP_TIMESTAMP", TCP_TIMESTAMP, struct.pack("=I", value))
                 if value & 1 and not tcpinfo.read(sock).options & tcp.OPT_USEC_TS:
                     raise Refused("this kernel has no microsecond timestamps", refusal=Refusal.USEC_TIMESTAMPS)
+            case RecallPath():
+                self._recall(step)
             case FillQueue(queue, data):
                 self._fill(_QUEUES[queue], data)
             case SetWindow(window):
@@ -300,6 +305,42 @@ class Restorer:
         if step.timestamps:
             pairs.append((_OPT_TIMESTAMP, 0))
         _set(self.sock, "TCP_REPAIR_OPTIONS", TCP_REPAIR_OPTIONS, b"".join(struct.pack("=II", *pair) for pair in pairs))
+
+    def _recall(self, step: RecallPath) -> None:
+        """Refused where one of those bytes stays: they are not the stream's, and must not leave."""
+        with self._growing():
+            self._fill(_SEND_QUEUE, bytes(step.bytes_))
+            if step.clock is not None:  # at the last moment: the echo is so much older
+                _set(self.sock, "TCP_TIMESTAMP", TCP_TIMESTAMP, struct.pack("=I", step.clock))
+            self._inject(step.segment)
+            self._await_acknowledged()
+
+    @contextlib.contextmanager
+    def _growing(self) -> Iterator[None]:
+        """Under reno, which every kernel has, and which lets the window grow by what is acknowledged. The one that the
+        socket has begins anew afterwards, with that window and that round trip. Where a route forbids another (EPERM),
+        it sees it all itself."""
+        with failing("getsockopt(TCP_CONGESTION)"):
+            usual = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+        is_free = True
+        try:
+            _set(self.sock, "TCP_CONGESTION", socket.TCP_CONGESTION, b"reno")
+        except KernelError as error:
+            if error.errno != errno.EPERM:
+                raise
+            is_free = False
+        yield
+        if is_free:
+            _set(self.sock, "TCP_CONGESTION", socket.TCP_CONGESTION, usual)
+
+    def _await_acknowledged(self) -> None:
+        deadline = time.monotonic() + _ACKNOWLEDGED_TIMEOUT_S
+        while tcpinfo.unacknowledged_bytes(self.sock):
+            if time.monotonic() > deadline:
+                raise Refused("the destination's kernel does not take a segment that was made for the connection",
+                              hint="does a firewall there drop packets on the loopback interface? "
+                                   "--congestion restart needs no such segment")
+            time.sleep(_LOOK_AGAIN_S)
 
     def _fill(self, queue: int, data: bytes) -> None:
         """send() in repair appends to the chosen queue. One call makes one skb, which may be too large to allocate."""

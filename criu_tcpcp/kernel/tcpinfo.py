@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..core.endpoint import Flow
 from ..core.errors import KernelError
+from ..core.state import Congestion
 from ..core.tcp import TcpState
 from .syscalls import failing, libc
 
@@ -67,6 +68,13 @@ def read(sock: socket.socket) -> TcpInfo:
                    last_data_recv_ms=words[11], rtt_us=words[15], rttvar_us=words[16], snd_ssthresh=words[17],
                    snd_cwnd=words[18], total_retrans=words[23],
                    data_segments_in=segments_in, data_segments_out=segments_out)
+
+
+def learnt(sock: socket.socket) -> Congestion:
+    """What the socket knows of its path, by now: an idle one knows less."""
+    info = read(sock)
+    return Congestion(info.snd_cwnd, info.snd_ssthresh, info.rtt_us, info.rttvar_us,
+                      info.rto_us).after(info.last_data_sent_ms * 1000)
 
 
 def _ioctl(sock: socket.socket, name: str, request: int) -> int:

@@ -177,7 +177,7 @@ def _new_work(arguments: argparse.Namespace) -> Work:
         return Answers(Responder(arguments.seed, arguments.size, arguments.answer_size))
     if arguments.kind == "stream":
         return Streams(StreamEnd(arguments.seed + 1, arguments.send, arguments.seed, arguments.receive,
-                                 rate=arguments.rate, read_rate=arguments.read_rate))
+                                 rate=arguments.rate, read_rate=arguments.read_rate, close=not arguments.stay_open))
     return Echo()
 
 
@@ -197,6 +197,8 @@ def _accept(arguments: argparse.Namespace) -> None:
     while True:
         sock, _address = listener.accept()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if arguments.control:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, arguments.control.encode())
         Worker(sock, _new_work(arguments), arguments.register, "accepted", "")
 
 
@@ -213,6 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--receive", type=int, default=0)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--read-rate", type=float)
+    parser.add_argument("--control", metavar="NAME", help="congestion control of what is accepted")
+    parser.add_argument("--stay-open", action="store_true", help="send no end of the stream")
     parser.add_argument("--receiver-path", help="take connections here instead of by their port")
     parser.add_argument("--user", type=int, help="become this user first")
     arguments = parser.parse_args(argv)

@@ -8,12 +8,13 @@ the journal keeps it, for a recovery that must send the very message again.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from ..core import tcp
 from ..core.endpoint import Flow
 from ..core.errors import ProtocolError, Refused
 from ..core.image import Image, encode
-from ..core.state import MAX_CARRIED, ConnectionState
+from ..core.state import MAX_CARRIED, NOTHING_LEARNT, ConnectionState
 from ..kernel import repair, tcpinfo
 from ..kernel.rawpacket import Injector, Sniffer
 from ..kernel.rules import MARK
@@ -29,8 +30,9 @@ _LOOK_AGAIN_S = 0.0002
 class Extraction:
     """Of one connection of the process; made before the freeze, since its sockets take time to make."""
 
-    def __init__(self, program: OriginProcess, flow: Flow, inode: int) -> None:
-        self._program, self._flow, self._inode = program, flow, inode
+    def __init__(self, program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True) -> None:
+        """`path_stays`: what the socket has learnt of the path to the peer is of use at the destination."""
+        self._program, self._flow, self._inode, self._path_stays = program, flow, inode, path_stays
         self._sniffer: Sniffer | None = None
         self._injector = Injector(flow.ip_version, MARK)
         self._ts_recent: int | None = None
@@ -59,6 +61,8 @@ class Extraction:
         stamps = self._sniffer.newest() if self._sniffer is not None else None
         state = repair.read_state(self._program.need_socket(), self._program.options, self._program.is_nonblocking,
                                   self._ts_recent, stamps[0] if stamps is not None else None)
+        if not self._path_stays:
+            state = replace(state, congestion=NOTHING_LEARNT)
         if len(state.outgoing) + len(state.received) + beside > MAX_CARRIED:
             raise Refused(f"the queues and the application's state are over {MAX_CARRIED >> 20} MiB together")
         self._state, self._image = state, encode(state, self._inode)

@@ -81,6 +81,7 @@ class Options:
     """What a pass was asked for. `idle_ms`: how long to look for a quiet instant; None takes any (`--when now`).
     `tls_anyway`: pass what looks like TLS to a program that cannot have its keys, too; `ecn_anyway`: pass without ECN
     what negotiated it.
+    `congestion`: "keep" lets the destination go on with what was learnt of the path, "restart" does not.
     `settle_s`: how long to ask the destination again before a pass is left in doubt. `doubt_limit_s`: how long after
     the offer the process may stand still in doubt; then it runs again without the connection."""
 
@@ -94,6 +95,7 @@ class Options:
     tls_anyway: bool = False
     ecn_anyway: bool = False
     origin_sees: str = "reset"
+    congestion: str = "keep"
     settle_s: float = 10.0
     doubt_limit_s: float = 5.0
 
@@ -237,7 +239,8 @@ class Origin:
         self._rules = HostRules(self.flow.ip_version)
         self._rules.prepare_fence()
         self.holding = Holding(self.flow)
-        self._extraction = Extraction(self.program, self.flow, self._connection.inode)
+        self._extraction = Extraction(self.program, self.flow, self._connection.inode,
+                                      path_stays=self.options.congestion == "keep")
         self.program.ask_whether_registered()
 
     def _refuse_minimal_ttl(self, plan: redirect.Plan) -> None:

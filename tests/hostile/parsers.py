@@ -27,10 +27,12 @@ from criu_tcpcp.core.endpoint import Endpoint, Flow
 from criu_tcpcp.core.errors import LinkError, TcpcpError
 from criu_tcpcp.core.image import Image, decode, encode, read_inet_sk
 from criu_tcpcp.core.options import BY_NAME
+from criu_tcpcp.core.recall import MAX_BYTES
 from criu_tcpcp.core.reorder import Reorder
 from criu_tcpcp.core.restoreplan import (
     ForceBuffers,
     InjectSegment,
+    RecallPath,
     SetNegotiated,
     SetOption,
     SetSequence,
@@ -238,10 +240,14 @@ def _check_step(step: Step) -> None:
         case SetNegotiated(mss, scales):
             assert 0 < mss < 1 << 16
             assert scales is None or max(scales) <= tcp.MAX_WSCALE
+        case RecallPath(bytes_, clock, segment):
+            assert 0 < bytes_ <= MAX_BYTES
+            assert clock is None or 0 <= clock < MODULUS
+            _check_step(segment)
         case InjectSegment():
             rawpacket.build_segment(FLOWS["v4"].peer, FLOWS["v4"].local, sequence=step.sequence,
                                     acknowledgement=step.acknowledgement, flags=16, window=step.window,
-                                    timestamps=(step.timestamp, 0) if step.timestamp is not None else None)
+                                    timestamps=(step.timestamp, step.echo) if step.timestamp is not None else None)
 
 
 # -- what lies on a disk -----------------------------------------------------------------------------------------------

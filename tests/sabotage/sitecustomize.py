@@ -115,11 +115,13 @@ def _tsecr_zero() -> None:
     """What was held comes after the probe: so Committed is said only once the connection is alive."""
     from criu_tcpcp.core import handoff
     from criu_tcpcp.core.handoff import Action
-    from criu_tcpcp.core.restoreplan import InjectSegment, LeaveRepair
+    from criu_tcpcp.core.restoreplan import InjectSegment, LeaveRepair, RecallPath
 
     def change(_restorer: Any, step: Any) -> list[Any]:
         if isinstance(step, InjectSegment) and not step.fin:
             return []
+        if isinstance(step, RecallPath):
+            return [dataclasses.replace(step, segment=dataclasses.replace(step.segment, timestamp=None))]
         return [LeaveRepair(probe=True)] if isinstance(step, LeaveRepair) else [step]
 
     _change_steps(change)
@@ -134,7 +136,10 @@ def _tsecr_zero() -> None:
 def _lost_byte() -> None:
     """What is in flight counts as acknowledged: the peer has it by now, and would not miss a byte of it."""
     from criu_tcpcp.core import tcp
-    from criu_tcpcp.core.restoreplan import FillQueue, InjectSegment, SetSequence, WriteUnsent
+    from criu_tcpcp.core.restoreplan import FillQueue, InjectSegment, RecallPath, SetSequence, WriteUnsent
+
+    def acknowledging(segment: InjectSegment, skip: int) -> InjectSegment:
+        return dataclasses.replace(segment, acknowledgement=tcp.add(segment.acknowledgement, skip))
 
     def change(_restorer: Any, steps: list[Any]) -> list[Any]:
         in_flight = [step for step in steps if isinstance(step, FillQueue) and step.queue == "send"]
@@ -145,7 +150,9 @@ def _lost_byte() -> None:
                 case SetSequence("send", sequence):
                     changed.append(SetSequence("send", tcp.add(sequence, skip)))
                 case InjectSegment():  # or the peer's last timestamp would be lost too
-                    changed.append(dataclasses.replace(step, acknowledgement=tcp.add(step.acknowledgement, skip)))
+                    changed.append(acknowledging(step, skip))
+                case RecallPath(segment=segment):
+                    changed.append(dataclasses.replace(step, segment=acknowledging(segment, skip)))
                 case WriteUnsent(data):
                     changed.append(WriteUnsent(data[1:]))
                 case _ if step not in in_flight:

@@ -23,6 +23,7 @@ from criu_tcpcp.core.restoreplan import (
     LeaveRepair,
     LimitWindow,
     QueueFin,
+    RecallPath,
     SetMaxSegment,
     SetNegotiated,
     SetOption,
@@ -38,7 +39,7 @@ from criu_tcpcp.core.restoreplan import (
     dormant_steps,
     later_timestamp,
 )
-from criu_tcpcp.core.state import ConnectionState, Negotiated, Window
+from criu_tcpcp.core.state import NOTHING_LEARNT, ConnectionState, Negotiated, Window
 from criu_tcpcp.core.tcp import TcpState
 from states import plain, states
 
@@ -154,7 +155,8 @@ def test_the_queues_end_where_the_state_says(state: ConnectionState) -> None:
     assert tcp.add(at["receive"], filled.get("receive", 0) + fin) == state.rcv_nxt
     unsent = sum(len(step.data) for step in every(alive_steps(state), WriteUnsent))
     ours = len(every(steps + alive_steps(state), QueueFin))
-    assert tcp.add(at["send"], filled.get("send", 0) + unsent + ours) == state.write_seq
+    recalled = sum(step.bytes_ for step in every(steps, RecallPath))
+    assert tcp.add(at["send"], recalled + filled.get("send", 0) + unsent + ours) == state.write_seq
     assert fin == (state.tcp_state in tcp.FIN_RECEIVED_STATES)
     assert ours == (state.tcp_state in tcp.FIN_QUEUED_STATES)
     buffers = only(steps, ForceBuffers)
@@ -179,6 +181,28 @@ def test_the_two_ends_of_the_streams_come_in_the_order_that_makes_the_state(stat
         assert where(alive, QueueFin) > max(where(alive, LeaveRepair),
                                             where(alive, WriteUnsent) if state.unsent else 0)
     assert bool(every(dormant, ShutRead)) == state.shut_read
+
+
+@given(states())
+def test_what_is_recalled_is_acknowledged_before_anything_is_in_a_queue(state: ConnectionState) -> None:
+    """Wholly, by a segment that is next in the peer's stream and echoes what this host said a round trip ago."""
+    steps = dormant_steps(state)
+    at = {step.queue: step.sequence for step in every(steps, SetSequence)}
+    for number, step in enumerate(steps):
+        if not isinstance(step, RecallPath):
+            continue
+        assert where(steps, SetNegotiated) < number
+        assert not every(steps[:number], FillQueue)
+        assert tcp.add(at["send"], step.bytes_) == step.segment.acknowledgement == state.first_outgoing
+        assert (step.segment.sequence, step.segment.fin) == (at["receive"], False)
+        assert (step.segment.timestamp is None) == (step.clock is None) == (state.timestamp is None)
+        if step.clock is not None and state.congestion.rtt_us:
+            age = tcp.distance(step.clock, step.segment.echo) % tcp.MODULUS
+            us = age if step.clock & 1 else age * 1000
+            assert age == 1 or abs(us - state.congestion.rtt_us) <= 500
+        assert only(steps, ForceBuffers).send >= 2 * (step.bytes_ + len(state.outgoing))
+    assert len(every(steps, RecallPath)) <= 1
+    assert not every(dormant_steps(replace(state, congestion=NOTHING_LEARNT)), RecallPath)
 
 
 @given(states())
