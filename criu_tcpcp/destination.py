@@ -126,7 +126,7 @@ class Destination:
             raise Refused(f"the destination has a connection {flow} already (state {used.label})")
         self._graft = graft.find(self._into, flow)
         self._admit(self._graft.takers())
-        with host_rules(flow.ip_version) as rules:
+        with host_rules(flow.ip_version, flow.protocol) as rules:
             self._keeps_fence = rules.is_fenced(flow)  # of an earlier pass from here: it outlives this one undone
         self.journal.write("staged", flow=flow.to_json(), into=self._into, network=list(netns.own()),
                            divert=not self.address_is_local,
@@ -144,7 +144,7 @@ class Destination:
             self._entry.tell_accepted(self.into, self._graft.takers())
 
     def _make_rules(self) -> None:
-        self._rules = HostRules(self.flow.ip_version)
+        self._rules = HostRules(self.flow.ip_version, self.flow.protocol)
         self._moves = self._rules.moves_of(self.flow)
         self._rules.prepare_fence()
         self._rules.fence(self.flow)
@@ -414,7 +414,7 @@ class Destination:
         side._interrupted = True
         side.address_is_local = not staged["divert"]
         side._keeps_fence = staged.get("keeps_fence", False)
-        side._rules = HostRules(side.flow.ip_version)
+        side._rules = HostRules(side.flow.ip_version, side.flow.protocol)
         if staged["divert"]:
             side._divert = DivertAtDestination()
         return side

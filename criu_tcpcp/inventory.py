@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .core import tcp
-from .core.endpoint import Flow, IPAddress
+from .core.endpoint import Flow, IPAddress, Protocol
 from .core.errors import KernelError, Refused
 from .core.tcp import TcpState
 from .kernel import netns, process, routing, sockdiag, syscalls, tcpinfo
@@ -119,6 +119,8 @@ def _listed(pid: int, name: str, pidfd: int, entry: sockdiag.Known, numbers: tup
     """Of what the kernel tells of all sockets at once; only one that may be passed is looked at by itself."""
     others = tuple(sorted(holding - {pid})) if len(holding) > 1 else ()
     why_not, hint = _obstacle(entry.state, entry.flow, entry.options, entry.upper, others)
+    if entry.protocol is Protocol.UDP:
+        why_not, hint = "is a UDP socket, not a TCP connection", ""
     if why_not is None and entry.flow is not None:
         peer = entry.flow.peer.address
         if peer not in network.local:

@@ -45,7 +45,7 @@ class Merging:
             parts.callback(self._queue.close)
             self._injector = Injector(flow.ip_version, MARK)
             parts.callback(self._injector.close)
-            self._hold = Hold(flow.ip_version, self._queue.number)
+            self._hold = Hold(flow.ip_version, self._queue.number, flow.protocol)
             parts.callback(self._hold.close)
             self._ended = os.eventfd(0, os.EFD_CLOEXEC)
             parts.callback(os.close, self._ended)

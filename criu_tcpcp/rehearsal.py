@@ -82,7 +82,7 @@ def _pass_on(sock: socket.socket, restored: socket.socket, flow: Flow, sniffer: 
 
 def _rules(flow: Flow) -> None:
     """The same transactions that the freeze will make, in tables that end with the namespace."""
-    with host_rules(flow.ip_version) as rules:
+    with host_rules(flow.ip_version, flow.protocol) as rules:
         rules.prepare_fence()
         rules.fence(flow)
         rules.unfence(flow)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.endpoint import IPAddress
-from .rawpacket import checksum
+from .checksums import checksum
 from .routing import rtnetlink, tolerating
 from .rules import TUNNELS
 from .syscalls import failing

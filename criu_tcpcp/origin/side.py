@@ -217,7 +217,7 @@ class Origin:
 
     def _stage_here(self) -> None:
         """What this host needs, whatever the destination answers."""
-        self._rules = HostRules(self.flow.ip_version)
+        self._rules = HostRules(self.flow.ip_version, self.flow.protocol)
         self._rules.prepare_fence()
         self.holding = Holding(self.flow)
         self._extraction = Extraction(self.program, self.flow, self._connection.inode)
@@ -531,7 +531,7 @@ class Origin:
         origin.plan = redirect.Plan.from_json(intent["plan"])
         origin._redirect = redirect.origin_half(origin.plan, redirect.Setting(journal.pass_id, intent["host"]))
         with netns.enter(origin.program.namespace):
-            origin._rules = HostRules(origin.flow.ip_version)
+            origin._rules = HostRules(origin.flow.ip_version, origin.flow.protocol)
         origin.program.take_what_is_left()
         return origin
 

@@ -48,7 +48,8 @@ LAB_USERS = frozenset({"lab", "demo"})
 #: Nothing that tells the time, waits, logs, or does I/O; `socket` only for its constants and address texts.
 CORE_MAY_IMPORT = frozenset({"__future__", "collections", "contextlib", "dataclasses", "enum", "functools",
                              "ipaddress", "json", "re", "socket", "struct", "typing"})
-SOCKET_IN_CORE = frozenset({"AF_INET", "AF_INET6", "SOCK_STREAM", "SOL_SOCKET", "IPPROTO_TCP", "IPPROTO_IP",
+SOCKET_IN_CORE = frozenset({"AF_INET", "AF_INET6", "SOCK_STREAM", "SOCK_DGRAM", "SOL_SOCKET", "IPPROTO_TCP",
+                            "IPPROTO_UDP", "IPPROTO_IP",
                             "IPPROTO_IPV6", "inet_ntop", "inet_pton"})
 
 
