@@ -16,21 +16,20 @@ import time
 from collections.abc import Callable
 from typing import ClassVar
 
-from . import graft
+from . import endpoints, graft
 from .core import messages
 from .core.endpoint import Flow
 from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, DestinationState, Event
-from .core.image import Image, decode
+from .core.image import Image
 from .core.messages import Message, Stage
 from .core.policy import Taker
-from .core.restoreplan import activation_steps, clock_steps, dormant_steps
-from .core.state import ConnectionState, fitted
 from .door import Entry
+from .endpoints import Restoration
 from .executor import GaveUp, event_of
 from .graft import in_place
 from .journal import LOST_MARK, Journal
-from .kernel import netns, process, repair, routing, sockdiag, sockopt, tcpinfo
+from .kernel import netns, process, routing, sockdiag, sockopt, tcpinfo
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
@@ -75,7 +74,8 @@ class Destination:
         self._merging: Merging | None = None
         self._injector: Injector | None = None
         self._sock: socket.socket | None = None
-        self._state: ConnectionState | None = None
+        self._endpoint = endpoints.of(flow.protocol)
+        self._state: Restoration | None = None
         self._message: messages.Prepare | messages.Activate | None = None
         self._rehearsed: Image | None = None
         self._elapsed_ms = 0
@@ -252,16 +252,18 @@ class Destination:
         vessel = self._graft.vessel(self.flow)
         sock = self._sock = vessel.sock
         if vessel.own:
-            state = self._state = fitted(state, vessel.options, sock.family == socket.AF_INET6)
-        self._restorer(sock).run(dormant_steps(state, vessel.options))
+            state.fit(vessel.options, sock.family == socket.AF_INET6)
+        state.restore(sock, vessel.options)
         if not vessel.own:  # the flag is the program's, too
             sock.setblocking(True)
 
-    def _decoded(self) -> ConnectionState:
+    def _decoded(self) -> Restoration:
         message = self._message
         if message is None:
             raise ProtocolError("there is no state to restore")
-        state = decode(Image(message.inet_sk, message.tcp_stream, message.extras))
+        state = self._endpoint.restoration(Image(message.inet_sk, message.tcp_stream, message.extras),
+                                           self._need_injector, not self.address_is_local)
+        state.notes = self.notes
         if state.flow != self.flow:
             raise ProtocolError(f"the state is of {state.flow}, staged was {self.flow}")
         if state.options.get("SO_MARK") == MARK:
@@ -271,14 +273,10 @@ class Destination:
         self._state = state
         return state
 
-    def _restorer(self, sock: socket.socket) -> repair.Restorer:
-        injector = self._injector
-        if injector is None:
+    def _need_injector(self) -> Injector:
+        if self._injector is None:
             raise Refused("the pass was not staged")
-        restorer = repair.Restorer(sock, transparent=not self.address_is_local,
-                                   inject=lambda segment: injector.deliver(self.flow, segment))
-        restorer.reports = self.notes
-        return restorer
+        return self._injector
 
     def _graft_dormant(self) -> None:
         way, sock, message = self._graft, self._sock, self._message
@@ -321,16 +319,16 @@ class Destination:
         self._wire.send(messages.Committed(self.journal.pass_id))
 
     def _unfence(self) -> None:
-        """From here on this host hears the connection and speaks for it; its clock must be right by then."""
+        """From here on this host hears the connection and speaks for it."""
         sock, state, rules = self._sock, self._state, self._rules
         if self._delivered or self._unfenced:
             return  # long since; this host may even have passed it on
         if state is None or rules is None:
             raise Refused("the pass was not staged")
-        if sock is not None and repair.is_in_repair(sock):
-            self._restorer(sock).run(clock_steps(state, self._elapsed_ms))
+        if sock is not None:
+            state.open(sock, self._elapsed_ms)
         if self._merging is not None:
-            self._merging.begin(state.rcv_nxt)
+            self._merging.begin(state.order())
         rules.take_over(self.flow, self._moves)  # if this host had passed the connection away, it comes home
         self._unfenced = True
 
@@ -342,9 +340,8 @@ class Destination:
         sock, state, way = self._sock, self._state, self._graft
         if sock is None or state is None or way is None:
             raise Refused("the pass was not staged")
-        written = None if repair.is_in_repair(sock) else repair.written_since(sock, state)
-        way.brace(unwritten=bool(state.unsent_bytes) or state.fin_unsent)
-        self._restorer(sock).run(activation_steps(state, written))
+        way.brace(unwritten=state.has_unwritten)
+        state.activate(sock)
         way.activate(self.journal.pass_id)
         sock.close()
         self._sock = None
@@ -455,9 +452,8 @@ class Destination:
         self._sock = left.sock
         if left.own:
             own = sockopt.read_all(left.sock)
-            state = fitted(state, {name: value for name, value in own.items() if name not in _FORCED},
-                           left.sock.family == socket.AF_INET6)
-            self._state = state
+            state.fit({name: value for name, value in own.items() if name not in _FORCED},
+                      left.sock.family == socket.AF_INET6)
 
     def close(self) -> None:
         for part in (self._sock, self._graft, self._merging, self._injector, self._rules):

@@ -20,10 +20,10 @@ import time
 
 from .core.endpoint import Flow
 from .core.errors import KernelError
-from .core.reorder import Reorder
+from .core.reorder import Order
 from .holding import end_in_order
 from .kernel.nfqueue import ACCEPT, PacketQueue
-from .kernel.rawpacket import Injector, extent
+from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, Hold
 
 #: Longer than a busy host takes to let go of what it held (10 ms and more, where all its processors are taken), and
@@ -51,13 +51,13 @@ class Merging:
             parts.callback(os.close, self._ended)
             self._parts = parts.pop_all()
 
-    def begin(self, next_sequence: int) -> None:
-        """From here on what comes is put in order, from `next_sequence` on. Does nothing where this kernel cannot
-        queue: packets that are dropped would be worse than packets out of order."""
+    def begin(self, order: Order) -> None:
+        """From here on what comes is put in order. Does nothing where this kernel cannot queue: packets that are
+        dropped would be worse than packets out of order."""
         if self._thread is not None or not self._hold.queues:
             return
         self._hold.add(self._flow)
-        self._thread = threading.Thread(target=self._run, args=(Reorder(next_sequence),), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(order,), daemon=True)
         self._thread.start()
 
     @property
@@ -65,13 +65,13 @@ class Merging:
         """How many packets wait for others."""
         return self._queue.waiting
 
-    def _run(self, order: Reorder) -> None:
+    def _run(self, order: Order) -> None:
         # KernelError: the queue has overflowed, and what it lost is lost.
         with contextlib.suppress(KernelError):
             self._merge(order, time.monotonic() + LASTS_S)
         end_in_order(self._hold, self._queue, self._injector, self._flow, ACCEPT)
 
-    def _merge(self, order: Reorder, deadline: float) -> None:
+    def _merge(self, order: Order, deadline: float) -> None:
         poller = select.poll()
         for number in (self._ended, self._queue.fileno()):
             poller.register(number, select.POLLIN)
@@ -80,8 +80,7 @@ class Merging:
             until = deadline if missing_since is None else min(deadline, missing_since + self._missing_s)
             ready = [number for number, _events in poller.poll(max(0.0, until - time.monotonic()) * 1000)]
             for number, packet in self._queue.take():
-                begin, length = extent(packet, self._flow.ip_version)
-                self._queue.let_go(order.came(number, begin, length))
+                self._queue.let_go(order.came(number, packet))
             now = time.monotonic()
             ends = now >= deadline or (self._ended in ready and not order.waits)
             missing_since = (missing_since or now) if order.waits else None

@@ -7,8 +7,19 @@ for what is missing. A segment that repeats something goes on at once as well: n
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from . import tcp
+
+
+class Order(Protocol):
+    """Packet `number` has come: the numbers of those that go on now, in their order. `waits`: something is missing.
+    `give_up`: it does not come, and all go on."""
+
+    @property
+    def waits(self) -> bool: ...
+    def came(self, number: int, packet: bytes) -> list[int]: ...
+    def give_up(self) -> list[int]: ...
 
 
 class Reorder:
@@ -47,3 +58,20 @@ class Reorder:
 
     def _ahead(self, sequence: int) -> int:
         return tcp.distance(sequence, self._next)
+
+
+class SegmentOrder:
+    """`Reorder` of TCP segments; `extent` tells the sequence number and the length of a packet."""
+
+    def __init__(self, next_sequence: int, extent: Callable[[bytes], tuple[int, int]]) -> None:
+        self._order, self._extent = Reorder(next_sequence), extent
+
+    @property
+    def waits(self) -> bool:
+        return self._order.waits
+
+    def came(self, number: int, packet: bytes) -> list[int]:
+        return self._order.came(number, *self._extent(packet))
+
+    def give_up(self) -> list[int]:
+        return self._order.give_up()

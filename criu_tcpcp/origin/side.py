@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from .. import namespaces, redirect
+from .. import endpoints, namespaces, redirect
 from ..core import tls
 from ..core.endpoint import Flow, IPAddress
 from ..core.errors import ProtocolError, Refused, TcpcpError
@@ -55,7 +55,7 @@ from ..executor import GaveUp, event_of
 from ..holding import Holding
 from ..inventory import Connection
 from ..journal import ANNOUNCED, TOLD, Journal
-from ..kernel import netns, process, syscalls, tcpinfo
+from ..kernel import netns, process, syscalls
 from ..kernel.rules import HostRules
 from ..kernel.tunnel import Tunnel
 from ..redirect import tunnelled
@@ -153,7 +153,7 @@ class Origin:
         if not isinstance(answer, Staged) or answer.pass_id != self.journal.pass_id:
             raise ProtocolError("the destination answered out of turn")
         self.staged = answer
-        self._refuse_tls(tcpinfo.first_unread(sock, _PEEK))
+        self._refuse_tls(endpoints.of(self.flow.protocol).first_unread(sock, _PEEK))
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
         if self.plan.tunnel is not None:
             self.plan = self._dig(self.plan, self.plan.tunnel)
