@@ -33,7 +33,7 @@ from .kernel import netns, process, routing, sockdiag, sockopt, tcpinfo
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
-from .merging import Merging
+from .merging import LASTS_S, Merging
 from .redirect import tunnelled
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
@@ -139,7 +139,7 @@ class Destination:
         self.journal.reserve(LOST_MARK)
         self._make_rules()
         self._arrange()
-        self._rehearsed = rehearse(flow.ip_version)
+        self._rehearsed = rehearse(flow.ip_version, flow.protocol)
         if self._entry is not None:
             self._entry.tell_accepted(self.into, self._graft.takers())
 
@@ -208,7 +208,7 @@ class Destination:
         """The freeze has begun, and the state will be here in two milliseconds: what has to be done with it is quicker
         when it was just done."""
         if self._rehearsed is not None:
-            warm_up(self._rehearsed)
+            warm_up(self._rehearsed, self.flow.protocol)
             self._rehearsed = None
 
     def _dig(self, message: messages.Dig) -> None:
@@ -456,6 +456,8 @@ class Destination:
                       left.sock.family == socket.AF_INET6)
 
     def close(self) -> None:
+        if self._merging is not None and self._merging.awaits_word:  # its next one says it, as does the end of the link
+            self._wire.wait(LASTS_S)
         for part in (self._sock, self._graft, self._merging, self._injector, self._rules):
             if part is not None:
                 part.close()

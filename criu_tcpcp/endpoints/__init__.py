@@ -60,6 +60,6 @@ class Endpoint(Interface):
 
 
 def of(protocol: Protocol) -> Endpoint:
-    from . import tcp
-    kinds: dict[Protocol, Callable[[], Endpoint]] = {Protocol.TCP: tcp.TcpEndpoint}
+    from . import tcp, udp
+    kinds: dict[Protocol, Callable[[], Endpoint]] = {Protocol.TCP: tcp.TcpEndpoint, Protocol.UDP: udp.UdpEndpoint}
     return kinds[protocol]()

@@ -7,6 +7,7 @@ import socket
 import struct
 import sys
 
+from ..core.endpoint import Protocol
 from ..core.errors import KernelError
 from ..core.options import BY_NAME, Form, Missing, Option, OptionValue, applying
 from .syscalls import failing
@@ -30,7 +31,8 @@ def read(sock: socket.socket, option: Option) -> OptionValue:
 def read_all(sock: socket.socket) -> dict[str, OptionValue]:
     """Every option of the table that this kernel knows."""
     found: dict[str, OptionValue] = {}
-    for option in applying(sock.family):
+    protocol = Protocol.UDP if sock.type == socket.SOCK_DGRAM else Protocol.TCP
+    for option in applying(sock.family, protocol=protocol):
         try:
             found[option.name] = read(sock, option)
         except KernelError as error:

@@ -203,6 +203,10 @@ class OriginProcess:
 
     # -- its end of the connection -------------------------------------------------------------------------------------
 
+    def check_end(self, sees: str) -> None:
+        """Refused where its program cannot be shown that."""
+        self._endpoint.check_end(sees)
+
     def end(self, flow: Flow, sees: str) -> None:
         """The old endpoint goes without a packet. `sees`: "eof", or "reset" (ECONNABORTED)."""
         if self.sock is None or not self._is_still(flow):  # ended before; the program may have connected it anew

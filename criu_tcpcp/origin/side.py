@@ -62,7 +62,7 @@ from ..redirect import tunnelled
 from ..redirect.forward import DivertAtDestination
 from ..transport.target import LocalTarget, Target, target_from_json
 from .counterpart import Counterpart
-from .extraction import Extraction, parts_of
+from .extraction import Extraction, extraction_of, parts_of
 from .process import OriginProcess
 
 STATE_FILE = "state"
@@ -139,6 +139,7 @@ class Origin:
                 and tuple(hello.network) == netns.own():
             raise Refused("the destination is the origin host itself",
                           hint="two hosts, or two network namespaces, are needed")
+        self.program.check_end(self.options.origin_sees)
         sock = self._take()
         entry = encode_inet_sk(self.flow, self._connection.state, not os.get_blocking(sock.fileno()),
                                self.program.options, self._connection.inode)
@@ -220,7 +221,7 @@ class Origin:
         self._rules = HostRules(self.flow.ip_version, self.flow.protocol)
         self._rules.prepare_fence()
         self.holding = Holding(self.flow)
-        self._extraction = Extraction(self.program, self.flow, self._connection.inode)
+        self._extraction = extraction_of(self.program, self.flow, self._connection.inode)
         self.program.ask_whether_registered()
 
     def _via(self) -> IPAddress:
@@ -332,9 +333,9 @@ class Origin:
         self._need(self._extraction).probe()
 
     def _extract(self) -> None:
-        state = self._need(self._extraction).read(beside=len(self._app_state))
+        queues = self._need(self._extraction).read(beside=len(self._app_state))
         self._extracted_at_ms = _now_ms()
-        self._refuse_tls(state.received, state.outgoing)
+        self._refuse_tls(*queues)
 
     def _send_prepare(self) -> None:
         image, staged = self._need(self._extraction).image, self._need(self.staged)
