@@ -217,7 +217,7 @@ class _ReceiverListener(_Listener):
                 conversation.send({"op": "pong"})
             case "offer" if offered:
                 try:
-                    sock = apps.tcp_socket(descriptors[0])
+                    sock = apps.connection_socket(descriptors[0])
                 except apps.Gone:
                     os.close(descriptors[1])
                     raise
@@ -250,11 +250,19 @@ class _ReceiverListener(_Listener):
         for pass_id, dormant in list(self._dormant.items()):
             if dormant.conversation is not conversation:
                 continue
-            if dormant.sock.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR):
+            if _is_dormant(dormant.sock):
                 del self._dormant[pass_id]
                 dormant.sock.close()
             else:
                 dormant.conversation = None  # alive: a later serve will claim it
+
+
+def _is_dormant(sock: socket.socket) -> bool:
+    """In repair; a UDP socket, which has no such mode, is deaf."""
+    if sock.type == socket.SOCK_DGRAM:
+        from .kernel import datagrams
+        return datagrams.is_deaf(sock)
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR))
 
 
 @dataclass
@@ -355,5 +363,13 @@ class _RegistrationListener(_Listener):
         """The tool has gone without a word: the socket itself tells how it ended."""
         for registered in list(self._registered.values()):
             if registered.conversation is conversation:
-                state = registered.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[0]
-                self._settle(registered, state == _TCP_CLOSE)
+                self._settle(registered, _has_gone(registered.sock))
+
+
+def _has_gone(sock: socket.socket) -> bool:
+    """Its end of the connection was ended: closed, or, of UDP, connected to itself."""
+    if sock.type == socket.SOCK_DGRAM:
+        with contextlib.suppress(OSError):  # the application has disconnected it by itself
+            return bool(sock.getsockname() == sock.getpeername())
+        return True
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[0] == _TCP_CLOSE)

@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .core.endpoint import Protocol
 from .core.errors import Refused
 from .journal import applications_directory
 
@@ -128,16 +129,16 @@ def unwrap_state(descriptor: int) -> bytes:
         os.close(descriptor)
 
 
-def tcp_socket(descriptor: int) -> socket.socket:
-    """What came as a descriptor, if it is a TCP socket; Gone for anything else, which is closed."""
+def connection_socket(descriptor: int) -> socket.socket:
+    """What came as a descriptor, if it is a TCP or UDP socket; Gone for anything else, which is closed."""
     try:
         sock = socket.socket(fileno=descriptor)
     except OSError:
         os.close(descriptor)
         raise Gone("not a socket") from None
-    if (sock.type, sock.proto) != (socket.SOCK_STREAM, socket.IPPROTO_TCP):
+    if (sock.proto, sock.type) not in [(protocol, protocol.socket_type) for protocol in Protocol]:
         sock.close()
-        raise Gone("not a TCP socket")
+        raise Gone("neither a TCP nor a UDP socket")
     return sock
 
 

@@ -8,21 +8,23 @@ queues' contents) is looked at again by the pass itself.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from .core import tcp
 from .core.endpoint import Flow, IPAddress, Protocol
 from .core.errors import KernelError, Refused
 from .core.tcp import TcpState
-from .kernel import netns, process, routing, sockdiag, syscalls, tcpinfo
+from .kernel import datagrams, netns, process, routing, sockdiag, syscalls, tcpinfo
 
 _SO_PROTOCOL, _SO_DOMAIN, _SO_ACCEPTCONN, _SO_ZEROCOPY = 38, 39, 30, 60
 _TCP_ULP = 31
+_UDP_ENCAP = 100
 _IPPROTO_MPTCP = 262
 
 
@@ -34,8 +36,8 @@ _WHY_STATE = {TcpState.SYN_SENT: "try again once it is established",
 
 @dataclass(frozen=True)
 class Connection:
-    """A TCP socket of a process. `why_not` is None where it can be passed; `hint` then is what could be done about
-    it."""
+    """A TCP or UDP socket of a process. `why_not` is None where it can be passed; `hint` then is what could be done
+    about it."""
 
     pid: int
     process_name: str
@@ -49,6 +51,13 @@ class Connection:
     why_not: str | None
     hint: str = ""
     shared_with: tuple[int, ...] = field(default=())
+    protocol: Protocol = Protocol.TCP
+
+    @property
+    def state_label(self) -> str:
+        """As ss(8) has it."""
+        is_unconnected = self.protocol is Protocol.UDP and self.state is TcpState.CLOSE
+        return "UNCONN" if is_unconnected else self.state.label
 
 
 def find(pid: int, fd: int) -> Connection:
@@ -75,8 +84,8 @@ def find(pid: int, fd: int) -> Connection:
 
 
 def connections(pid: int | None = None) -> Iterator[Connection]:
-    """Every TCP socket that is connected or listens, of the process, or of all processes that may be looked at. What a
-    process has from another network namespace than its own is left out, and cannot be passed."""
+    """Every TCP socket that is connected or listens, and every UDP socket, of the process, or of all processes that may
+    be looked at. What a process has from another network namespace than its own is left out, and cannot be passed."""
     if pid is not None:
         process.descriptors(pid)  # Refused where that may not be seen
     by_process = process.sockets()
@@ -108,7 +117,7 @@ def connections(pid: int | None = None) -> Iterator[Connection]:
 
 @dataclass
 class _Network:
-    """A network namespace: the TCP sockets in it by inode, and which addresses are local, as far as that was asked."""
+    """A network namespace: the sockets in it by inode, and which addresses are local, as far as that was asked."""
 
     sockets: dict[int, sockdiag.Known]
     local: dict[IPAddress, bool] = field(default_factory=dict)
@@ -118,9 +127,10 @@ def _listed(pid: int, name: str, pidfd: int, entry: sockdiag.Known, numbers: tup
             network: _Network) -> Connection:
     """Of what the kernel tells of all sockets at once; only one that may be passed is looked at by itself."""
     others = tuple(sorted(holding - {pid})) if len(holding) > 1 else ()
-    why_not, hint = _obstacle(entry.state, entry.flow, entry.options, entry.upper, others)
     if entry.protocol is Protocol.UDP:
-        why_not, hint = "is a UDP socket, not a TCP connection", ""
+        why_not, hint = _obstacle_to_datagrams(entry.flow, others)
+    else:
+        why_not, hint = _obstacle(entry.state, entry.flow, entry.options, entry.upper, others)
     if why_not is None and entry.flow is not None:
         peer = entry.flow.peer.address
         if peer not in network.local:
@@ -131,17 +141,17 @@ def _listed(pid: int, name: str, pidfd: int, entry: sockdiag.Known, numbers: tup
             why_not, hint = refusal.message, refusal.hint
         else:
             try:
-                with syscalls.borrow_tcp(pidfd, numbers[0], entry.flow.socket_family) as sock:
-                    why_not, hint = _obstacle_inside(sock)
+                with syscalls.borrow_known(pidfd, numbers[0], entry.flow) as sock:
+                    why_not, hint = _INSIDE[entry.protocol](sock)
             except (KernelError, OSError):  # ENOTSOCK: it has become something else
                 why_not = "may not be taken, or was closed just now"
     return Connection(pid=pid, process_name=name, descriptors=numbers, inode=entry.inode,
                       state=entry.state, flow=entry.flow, unread=entry.unread, unacknowledged=entry.unacknowledged,
-                      cookie=entry.cookie, why_not=why_not, hint=hint, shared_with=others)
+                      cookie=entry.cookie, why_not=why_not, hint=hint, shared_with=others, protocol=entry.protocol)
 
 
 def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding: set[int]) -> Connection | str:
-    """A TCP socket as a Connection; for anything else, what it is. Refused where it cannot be had."""
+    """A TCP or UDP socket as a Connection; for anything else, what it is. Refused where it cannot be had."""
     try:
         sock = syscalls.borrow_socket(pidfd, numbers[0])
     except KernelError as error:
@@ -159,7 +169,7 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
         if domain not in (socket.AF_INET, socket.AF_INET6):
             return f"is a socket of address family {domain}, not a TCP connection"
         if protocol == socket.IPPROTO_UDP:
-            return "is a UDP socket, not a TCP connection"
+            return _examine_datagrams(sock, pid, inode, numbers, tuple(sorted(holding - {pid})))
         if protocol not in (socket.IPPROTO_TCP, _IPPROTO_MPTCP):
             return f"is a socket of IP protocol {protocol}, not a TCP connection"
         if protocol == _IPPROTO_MPTCP:
@@ -187,6 +197,43 @@ def _unacknowledged(sock: socket.socket, state: TcpState) -> int:
     """Without our FIN."""
     count = tcpinfo.unacknowledged_bytes(sock)
     return count - 1 if count and state in tcp.FIN_QUEUED_STATES else count
+
+
+def _examine_datagrams(sock: socket.socket, pid: int, inode: int, numbers: tuple[int, ...],
+                       others: tuple[int, ...]) -> Connection:
+    flow: Flow | None = None
+    with contextlib.suppress(KernelError, ValueError):
+        flow = tcpinfo.flow_of(sock)
+    why_not, hint = _obstacle_to_datagrams(flow, others)
+    if why_not is None:
+        why_not, hint = _obstacle_inside_datagrams(sock)
+    return Connection(
+        pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode,
+        state=TcpState.CLOSE if flow is None else TcpState.ESTABLISHED, flow=flow,
+        unread=datagrams.queue_memory(sock), unacknowledged=tcpinfo.bytes_below(sock), cookie=tcpinfo.cookie(sock),
+        why_not=why_not, hint=hint, shared_with=others, protocol=Protocol.UDP)
+
+
+def _obstacle_to_datagrams(flow: Flow | None, others: tuple[int, ...]) -> tuple[str | None, str]:
+    if flow is None:
+        return ("is a UDP socket without a peer of its own",
+                "only one that its program has connected to its peer is passed")
+    return _obstacle(TcpState.ESTABLISHED, flow, 0, "", others)
+
+
+def _obstacle_inside_datagrams(sock: socket.socket) -> tuple[str | None, str]:
+    if sock.getsockopt(socket.IPPROTO_UDP, _UDP_ENCAP):
+        return "has a kernel protocol on top (UDP_ENCAP), which cannot be carried", ""
+    if datagrams.has_filter(sock):
+        return "has a packet filter (SO_ATTACH_FILTER), which is not carried", ""
+    if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
+        return "uses MSG_ZEROCOPY, whose completions would be lost", ""
+    if datagrams.has_corked(sock):
+        return "has a datagram that was begun and not finished (UDP_CORK, MSG_MORE), which cannot be carried", \
+            "try again once the program has sent it"
+    if datagrams.has_error(sock):
+        return "has an error waiting, which cannot be carried", "try again once the program has read it"
+    return None, ""
 
 
 def _obstacle(state: TcpState, flow: Flow | None, options: int, upper: str,
@@ -227,6 +274,11 @@ def _obstacle_inside(sock: socket.socket) -> tuple[str | None, str]:
     if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
         return "uses MSG_ZEROCOPY, whose completions would be lost", ""
     return None, ""
+
+
+#: What only a look at the socket itself tells.
+_INSIDE: dict[Protocol, Callable[[socket.socket], tuple[str | None, str]]] = {
+    Protocol.TCP: _obstacle_inside, Protocol.UDP: _obstacle_inside_datagrams}
 
 
 def _upper_protocol(sock: socket.socket) -> str:

@@ -247,7 +247,7 @@ class World:
         """(process, descriptor) of whoever has the connection at this host, by ss."""
         assert self.flow is not None
         chosen = ["sport", "=", str(self.flow.local.port), "dport", "=", str(self.flow.peer.port)]
-        return _users(self.homes[host.name].run(["ss", "-tnpH", "state", "all", *chosen]).stdout)
+        return users(self.homes[host.name].run(["ss", "-tnpH", "state", "all", *chosen]).stdout)
 
     def _until_it_listens(self, host: Host, port: int) -> None:
         home = self.homes[host.name]
@@ -332,7 +332,7 @@ class World:
         return [line for line in now if line not in self.clean[host.name]]
 
 
-def _users(listed: str) -> list[tuple[int, int]]:
+def users(listed: str) -> list[tuple[int, int]]:
     return [(int(pid), int(fd)) for pid, fd in re.findall(r"pid=(\d+),fd=(\d+)", listed)]
 
 

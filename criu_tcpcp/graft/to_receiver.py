@@ -52,7 +52,7 @@ class ToReceiver:
         if ground.prologue is not None:
             raise Refused("a receiver takes no prologue: it has the connection from a pass, and knows so",
                           hint="--app-state FILE hands it what it needs; or --into accept:PID")
-        sock = socket.socket(flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock = socket.socket(flow.socket_family, flow.protocol.socket_type | socket.SOCK_CLOEXEC)
         self._vessel = Vessel(sock, sockopt.read_all(sock), own=False)
 
     def vessel(self, flow: Flow) -> Vessel:
@@ -114,7 +114,7 @@ class ToReceiver:
                 os.close(descriptor)
             return Reclaimed(delivered=answer.get("op") == "delivered")
         try:
-            return Reclaimed(apps.tcp_socket(descriptors[0]))
+            return Reclaimed(apps.connection_socket(descriptors[0]))
         except apps.Gone as error:
             raise Refused(f"{self.description} does not give the connection back: {error}") from None
 

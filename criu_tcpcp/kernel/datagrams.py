@@ -147,12 +147,25 @@ def _look(sock: socket.socket, flow: Flow) -> list[Datagram] | None:
 
 # -- restoring --------------------------------------------------------------------------------------------------------
 
+def has_filter(sock: socket.socket) -> bool:
+    return _filter_length(sock, None, 0) > 0
+
+
 def is_deaf(sock: socket.socket) -> bool:
-    """It has the filter of a dormant one, or another. Needs no privilege."""
-    length = ctypes.c_uint32(0)
+    """It has the filter of a dormant one. Needs no privilege."""
+    if _filter_length(sock, None, 0) != 1:
+        return False
+    buffer = ctypes.create_string_buffer(len(_DROP_ALL))
+    return _filter_length(sock, buffer, 1) == 1 and buffer.raw == _DROP_ALL
+
+
+def _filter_length(sock: socket.socket, buffer: ctypes.Array[ctypes.c_char] | None, room: int) -> int:
+    """In instructions of 8 bytes, as `room` is, which Python's getsockopt does not know (net/core/filter.c,
+    sk_get_filter)."""
+    length = ctypes.c_uint32(room)
     check("getsockopt(SO_GET_FILTER)",
-          libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_GET_FILTER, None, ctypes.byref(length)))
-    return length.value > 0
+          libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_GET_FILTER, buffer, ctypes.byref(length)))
+    return length.value
 
 
 class DatagramRestorer:

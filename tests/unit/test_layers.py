@@ -41,7 +41,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 APART = (frozenset({"origin", "destination"}),)
 #: Programs of their own, which the tests, `./dev lab`, the demo and the examples start: beside the product, not in it.
 #: They may use the package as any other program does.
-LAB_PROGRAMS = frozenset({"lab/__main__.py", "lab/load.py", "lab/node.py", "lab/strict/__main__.py",
+LAB_PROGRAMS = frozenset({"lab/__main__.py", "lab/datagrams.py", "lab/load.py", "lab/node.py", "lab/strict/__main__.py",
                           "demo/file_server.py", "demo/example.py"})
 #: Who may use the lab: it is beside the product, not in it.
 LAB_USERS = frozenset({"lab", "demo"})
