@@ -32,7 +32,7 @@ from types import TracebackType
 from typing import Self
 
 from . import apps
-from .core.endpoint import Endpoint, Flow
+from .core.endpoint import Endpoint, Flow, Protocol
 from .core.errors import ProtocolError, Refused, UsageError
 
 _log = logging.getLogger(__name__)
@@ -133,17 +133,24 @@ class _Dormant:
 
 class Receiver:
     """Takes connections that are passed to a local port (`port`) or to this very receiver (`path`, which the other side
-    names as `--into receiver:PATH`). A context manager and an iterator; iteration ends when it is closed."""
+    names as `--into receiver:PATH`), of one `protocol`, "tcp" or "udp". A context manager and an iterator; iteration
+    ends when it is closed."""
 
-    def __init__(self, port: int | None = None, *, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, port: int | None = None, *, path: str | os.PathLike[str] | None = None,
+                 protocol: str = "tcp") -> None:
         if (port is None) == (path is None):
             raise UsageError("a Receiver takes either port=... or path=...")
+        kinds = {one.label: one for one in Protocol}
+        if protocol not in kinds:
+            raise UsageError('a Receiver is of protocol="tcp" or "udp"')
+        self.protocol = kinds[protocol]
         self._ready: collections.deque[Passed] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
         self._signal_read, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            self._listener = _ReceiverListener(Path(path) if path is not None else apps.receiver_path(port or 0), self)
+            self._listener = _ReceiverListener(
+                Path(path) if path is not None else apps.receiver_path(port or 0, self.protocol), self)
         except BaseException:
             os.close(self._signal_read)
             os.close(self._signal_write)
@@ -214,7 +221,8 @@ class _ReceiverListener(_Listener):
                 os.close(descriptor)
         match packet.get("op"):
             case "ping":
-                conversation.send({"op": "pong"})
+                kind = self._receiver.protocol
+                conversation.send({"op": "pong", **({} if kind is Protocol.TCP else {"protocol": kind.label})})
             case "offer" if offered:
                 try:
                     sock = apps.connection_socket(descriptors[0])
@@ -224,6 +232,8 @@ class _ReceiverListener(_Listener):
                 try:
                     state = apps.unwrap_state(descriptors[1])
                     flow = Flow.from_json(packet.get("flow"))
+                    if not flow.protocol.socket_type == sock.type == self._receiver.protocol.socket_type:
+                        raise ProtocolError(f"it takes {self._receiver.protocol.label} connections only")
                 except (ProtocolError, apps.Gone) as error:
                     sock.close()
                     raise apps.Gone(str(error)) from error

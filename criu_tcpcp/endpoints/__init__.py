@@ -45,6 +45,9 @@ class Endpoint(Interface):
     is in the way. `has_gap`: something waits behind what has not come yet. `first_unread`: the first bytes that wait,
     as far as they can be looked at without a trace.
     `end`: the old endpoint goes without a packet; Refused by `check_end` where the program cannot be shown `sees`.
+    `empty`: a program's socket gives up, without a packet, whatever it was connected to (Refused where it cannot), and
+    `is_empty`; `is_alive`: it has a connection, which may be dormant; `take_away`: the program is not to have it, and
+    finds the other end closed, as far as the protocol knows that.
     `restoration`: `injector` is asked for when it is needed; `transparent` where the local address is not this host's.
     ProtocolError where the image is none."""
 
@@ -57,6 +60,14 @@ class Endpoint(Interface):
     def end(self, sock: socket.socket, flow: Flow, sees: str) -> None: ...
     def restoration(self, image: Image, injector: Callable[[], Injector], transparent: bool) -> Restoration: ...
     def is_dormant(self, sock: socket.socket) -> bool: ...
+    def is_empty(self, sock: socket.socket) -> bool: ...
+    def is_alive(self, sock: socket.socket) -> bool: ...
+    def empty(self, sock: socket.socket) -> None: ...
+    def take_away(self, sock: socket.socket) -> None: ...
+
+
+def of_socket(sock: socket.socket) -> Endpoint:
+    return of(Protocol.UDP if sock.type == socket.SOCK_DGRAM else Protocol.TCP)
 
 
 def of(protocol: Protocol) -> Endpoint:

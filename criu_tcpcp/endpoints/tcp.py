@@ -12,6 +12,7 @@ from ..core.options import OptionValue
 from ..core.reorder import Order, SegmentOrder
 from ..core.restoreplan import activation_steps, clock_steps, dormant_steps
 from ..core.state import ConnectionState, fitted
+from ..core.tcp import TcpState
 from ..kernel import repair, tcpinfo
 from ..kernel.rawpacket import Injector, extent
 
@@ -103,3 +104,17 @@ class TcpEndpoint:
 
     def is_dormant(self, sock: socket.socket) -> bool:
         return repair.is_in_repair(sock)
+
+    def is_empty(self, sock: socket.socket) -> bool:
+        return tcpinfo.read(sock).state is TcpState.CLOSE
+
+    def is_alive(self, sock: socket.socket) -> bool:
+        return tcpinfo.read(sock).state in tcp.PASSABLE_STATES
+
+    def empty(self, sock: socket.socket) -> None:
+        """The error that waits is of the connection that it was."""
+        repair.end_silently(sock)
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    def take_away(self, sock: socket.socket) -> None:
+        repair.end_as_eof(sock)

@@ -98,3 +98,18 @@ class UdpEndpoint:
 
     def is_dormant(self, sock: socket.socket) -> bool:
         return datagrams.is_deaf(sock)
+
+    def is_empty(self, sock: socket.socket) -> bool:
+        return not datagrams.is_connected(sock)
+
+    def is_alive(self, sock: socket.socket) -> bool:
+        return datagrams.is_connected(sock) and sock.getpeername() != sock.getsockname()
+
+    def empty(self, sock: socket.socket) -> None:
+        """A socket that is bound stays so (net/ipv4/af_inet.c, __inet_bind)."""
+        if sock.getsockname()[1]:
+            raise Refused("a UDP socket that has an address already cannot get another one")
+
+    def take_away(self, sock: socket.socket) -> None:
+        if self.is_alive(sock):
+            datagrams.retire(sock)

@@ -226,11 +226,25 @@ def end(sock: socket.socket, flow: Flow, injector: Injector) -> None:
     What waits is the destination's now: it is taken out. Disconnected, a socket that was bound would hear anybody; so
     its peer is its own address from now on. There is no end of stream to show: a socket that is shut down for reading
     is readable for ever, and a program that does not block would spin (net/core/datagram.c, datagram_poll)."""
-    while not _is_empty(sock):
-        pass
+    _drain(sock)
     injector.hand_over(flow, build_refusal(flow))
     with contextlib.suppress(Refused):  # a kernel that does not take it: then the program is not told
         _until(lambda: has_error(sock), "", _TOLD_S)
+    _turn_away(sock)
+
+
+def retire(sock: socket.socket) -> None:
+    """As `end`, of a socket whose program knows nothing of the connection, and is told nothing."""
+    _drain(sock)
+    _turn_away(sock)
+
+
+def _drain(sock: socket.socket) -> None:
+    while not _is_empty(sock):
+        pass
+
+
+def _turn_away(sock: socket.socket) -> None:
     with failing("setsockopt(SO_REUSEADDR)"):  # or it would be in the way where the connection comes home
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with contextlib.suppress(OSError):

@@ -1,12 +1,13 @@
 """UDP programs for lab hosts. `python -m criu_tcpcp.lab.datagrams NAME ...`:
 
+    spare                                                a server with a UDP socket that nobody speaks to
     server --port 9000 [--listen ADDRESS] [--register]   answers each datagram with its bytes, by a connected socket
     peer HOST PORT --count N --rate PER_S [--size N]     numbered datagrams at a fixed rate, and what became of each
 
 A server that listens connects its socket to whoever speaks first, so it has one client; it takes passed ones too. It
 tells its events as JSON lines, as `lab.node` does. The peer prints `ready LOCALPORT`, and one JSON object at its end:
 `sent`, `answered`, `lost`, `doubled`, `overtaken` (answers that came after a later one's), `changed` (with other
-bytes), `error`, and `stall_max_ms`, the longest wait for an answer.
+bytes), `last_answered` (its number), `error`, and `stall_max_ms`, the longest wait for an answer.
 """
 
 from __future__ import annotations
@@ -86,8 +87,17 @@ def _listen(arguments: argparse.Namespace) -> None:
     Answers(sock, "connected", arguments.register)
 
 
+def spare(arguments: argparse.Namespace) -> int:
+    """Knows nothing of passes: it has a UDP socket, and waits for what comes to that."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    say("listening", fd=sock.fileno())
+    Answers(sock, "spare", registered=False)
+    threading.Event().wait()
+    return 0
+
+
 def server(arguments: argparse.Namespace) -> int:
-    with Receiver(port=arguments.port) as receiver:
+    with Receiver(port=arguments.port, protocol="udp") as receiver:
         if arguments.listen:
             threading.Thread(target=_listen, args=(arguments,), daemon=True).start()
         else:
@@ -138,7 +148,7 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         lost = [number for number in range(len(self._sent_ns)) if number not in self._answers]
         return {"sent": len(self._sent_ns), "answered": len(self._answers), "lost": lost[:50],
-                "doubled": self.doubled[:50], "overtaken": self.overtaken[:50], "changed": self.changed,
+                "doubled": self.doubled[:50], "overtaken": self.overtaken[:50], "changed": self.changed, "last_answered": self._highest,
                 "stall_max_ms": max(self._answers.values(), default=0) / 1e6}
 
 
@@ -181,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--listen", metavar="ADDRESS")
     one.add_argument("--register", action="store_true")
     one.set_defaults(run=server)
+    programs.add_parser("spare").set_defaults(run=spare)
     one = programs.add_parser("peer")
     one.add_argument("host")
     one.add_argument("port", type=int)
