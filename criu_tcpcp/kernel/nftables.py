@@ -178,6 +178,13 @@ def accept() -> bytes:
     return _verdict(_ACCEPT)
 
 
+def reassemble(version: int) -> bytes:
+    """Never to be reached: as long as a rule has it, the kernel puts the fragments of datagrams together before any
+    rule sees them (net/netfilter/nft_tproxy.c, nft_tproxy_init: nf_defrag_ipv4_enable; CONFIG_NFT_TPROXY)."""
+    port = _immediate(_REG32_00, b"\0\1")
+    return port + _expression("tproxy", be32(1, family(version)), be32(3, _REG32_00))
+
+
 def queue_natively(number: int) -> bytes:
     """nf_tables' own `queue` expression (CONFIG_NFT_QUEUE)."""
     return _expression("queue", be16(1, number), be16(2, 1))

@@ -19,7 +19,7 @@ same way as those that come later, so a switch is one element added, and nothing
 before what comes needs one more thing: the hold may end only at an instant at which nothing waits, and a command that
 asks first and removes the element then is too late by some 0.1 ms. So the kernel asks itself, as a packet of ours goes
 by (`gate`), some 0.02 ms after the queue was last emptied. Packets that the tool hands to a local socket carry `MARK`
-and pass by all the rest.
+and pass by all the rest. Of UDP the rules see whole datagrams only (`_whole`), which are cut again as they leave.
 
 Elements live `LIFETIME_S` from their last packet, `CLOSING_S` once one of them carried FIN or RST: an idle connection
 must not lose its rules, or the old host would answer the next packet with a RST. Nothing in UDP says that it ends: its
@@ -115,7 +115,8 @@ class Hold:
         ways = (nftables.queue_natively(number), nftables.queue_by_xt(number), nftables.drop())
         taken = self._table.install_first([
             Component(version, ("held", "arrived"), (
-                Chain("held", PREROUTING, -300, (nftables.mark_is(MARK) + nftables.accept(), held + way)), gate))
+                Chain("held", PREROUTING, -300, (nftables.mark_is(MARK) + nftables.accept(), held + way,
+                                                 *_whole(version, protocol))), gate))
             for way in ways])
         self.queues = ways[taken] != nftables.drop()
 
@@ -158,7 +159,7 @@ def _fence_component(version: int, protocol: Protocol) -> Component:
         Chain("fence_input", PREROUTING, -298, (
             nftables.mark_is(MARK) + nftables.accept(),
             nftables.load_flow(version, protocol) + nftables.in_set(_FENCED) + nftables.refresh(_FENCED, LIFETIME_S)
-            + nftables.drop())),
+            + nftables.drop(), *_whole(version, protocol))),
         _output_drop("fence_output", _FENCED, version, protocol)))
 
 
@@ -186,7 +187,30 @@ def _living_component(version: int, protocol: Protocol, name: str, priority: int
     return Component(version, (name, closing), (Chain(name, PREROUTING, priority, (
         nftables.mark_is(MARK) + nftables.accept(),
         *(ending if protocol is Protocol.TCP else ()),
-        load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + way)),))
+        load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + way, *_whole(version, protocol))),))
+
+
+def _whole(version: int, protocol: Protocol) -> tuple[bytes, ...]:
+    """A last rule, for a protocol whose packets come in fragments, of which only the first names the ports."""
+    if protocol is Protocol.TCP or not reassembles(version):
+        return ()
+    return (nftables.accept() + nftables.reassemble(version),)
+
+
+@functools.cache
+def reassembles(ip_version: int) -> bool:
+    """This kernel can be made to put fragments together before our rules see them."""
+    wire = netlink.NetlinkSocket()
+    try:
+        table = Table(wire, f"{TABLE}_whole_{os.getpid()}_{wire.fileno()}", ip_version)
+        table.create(nftables.TABLE_OWNER)
+        rule = nftables.accept() + nftables.reassemble(ip_version)
+        table.install(Component(ip_version, ("whole",), (Chain("whole", PREROUTING, -300, (rule,)),)))
+        return True
+    except KernelError:
+        return False
+    finally:
+        wire.close()
 
 
 @functools.cache

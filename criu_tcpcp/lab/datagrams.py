@@ -148,7 +148,8 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         lost = [number for number in range(len(self._sent_ns)) if number not in self._answers]
         return {"sent": len(self._sent_ns), "answered": len(self._answers), "lost": lost[:50],
-                "doubled": self.doubled[:50], "overtaken": self.overtaken[:50], "changed": self.changed, "last_answered": self._highest,
+                "doubled": self.doubled[:50], "overtaken": self.overtaken[:50], "changed": self.changed,
+                "last_answered": self._highest,
                 "stall_max_ms": max(self._answers.values(), default=0) / 1e6}
 
 

@@ -32,6 +32,20 @@ def test_numbered_datagrams_go_on_there_and_back_none_lost_doubled_or_overtaken(
         assert here.release() == []
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_datagrams_in_several_packets_go_on_as_well(version: int) -> None:
+    """Only the first packet of such a datagram names its ports."""
+    with datagram_world(version=version) as here:
+        peer = DatagramPeer(here, "--rate", "200", "--size", "4000")
+        for _ in range(2):
+            here.pass_once()
+        said = peer.finish()
+        assert {name: said[name] for name in CLEAN} == CLEAN, said
+        assert said["answered"] == said["sent"] > 100
+        here.node.end()
+        assert here.release() == []
+
+
 def test_a_program_that_knows_nothing_gets_it_in_the_place_of_a_descriptor() -> None:
     spare = [sys.executable, "-m", "criu_tcpcp.lab.datagrams", "spare"]
     with datagram_world(destination_argv=spare) as here:
