@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from criu_tcpcp import verify
 from criu_tcpcp.core.endpoint import Endpoint, Flow, Protocol
 from criu_tcpcp.lab import Host, Lab
+from criu_tcpcp.verify.datagrams import judge_datagrams, parse_datagrams
 from waiting import until
-from world import PORT, Program, World, users
+from world import PORT, Program, World, captured, capturing, users
 
 SERVER = [sys.executable, "-m", "criu_tcpcp.lab.datagrams", "server", "--port", str(PORT)]
 
@@ -24,12 +26,27 @@ class DatagramWorld(World):
                  destination_argv: list[str] | None = None) -> None:
         address = listen or ("0.0.0.0" if version == 4 else "::")
         extra = ["--register"] if register else []
-        super().__init__(lab, version=version, captured=False, waiting=False, programs={
+        super().__init__(lab, version=version, waiting=False, programs={
             lab.origin.name: [*SERVER, "--listen", address, *extra],
             lab.destination.name: destination_argv or [*SERVER, *extra]})
         self.nodes[lab.origin.name].wait_for("listening")
         if destination_argv is None:
             self.nodes[lab.destination.name].wait_for("listening")
+
+    def _captures_on(self) -> None:
+        for host, role in ((self.lab.peer, verify.Role.PEER), (self.lab.origin, verify.Role.ORIGIN),
+                           (self.lab.destination, verify.Role.DESTINATION)):
+            path = self.lab.directory / f"{role.value}.pcap"
+            self._captures.append((role.value, role, capturing(host, path, what=f"(udp and port {PORT})"), path))
+
+    def judged(self, passes: int) -> list[str]:
+        """What the captures show that must not be."""
+        assert self.flow is not None
+        found = [parse_datagrams(captured(process, path), role, self.flow)
+                 for _name, role, process, path in self._captures]
+        self._captures = []
+        assert all(capture.datagrams for capture in found)
+        return judge_datagrams(found, self.flow, passes)
 
     def _until_it_listens(self, host: Host, port: int) -> None:
         """It says so itself."""

@@ -84,10 +84,10 @@ def _run_directory(path: Path) -> Iterator[None]:
             os.environ["CRIU_TCPCP_RUN_DIR"] = before
 
 
-def capturing(host: Host, path: Path, length: int = 200) -> subprocess.Popen[bytes]:
+def capturing(host: Host, path: Path, length: int = 200, what: str = "tcp") -> subprocess.Popen[bytes]:
     """A tcpdump that sees all from now on; `length` bytes of each packet (0: all) go to `path`."""
     process = host.spawn(["tcpdump", "-i", host.interface, "-s", str(length), "-B", "65536", "-U", "--immediate-mode",
-                          "-w", str(path), "tcp or icmp or icmp6"], stderr=subprocess.PIPE)
+                          "-w", str(path), f"{what} or icmp or icmp6"], stderr=subprocess.PIPE)
     assert process.stderr is not None
     assert b"listening" in process.stderr.readline()
     return process

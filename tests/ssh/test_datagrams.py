@@ -28,6 +28,7 @@ def test_numbered_datagrams_go_on_there_and_back_none_lost_doubled_or_overtaken(
         said = peer.finish()
         assert {name: said[name] for name in CLEAN} == CLEAN, said
         assert said["answered"] == said["sent"] > 100
+        assert here.judged(passes=4) == []
         here.node.end()  # the kernel ends nothing: nobody says goodbye in UDP
         assert here.release() == []
 
