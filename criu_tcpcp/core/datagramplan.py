@@ -11,7 +11,7 @@ dormant, nothing of the connection reaches the host's sockets but what is made h
   3. Transparent where the address is not the host's.
   4. Connect: no packet.
   5. No longer deaf, for the datagrams that were waiting: each is made anew, from the peer, and comes in by loopback.
-  6. The options, since some change what is received; deaf again.
+  6. The options, since some change what is received, and the device, by which nothing made here comes; deaf again.
 open, when the commit is written, and before the fence goes:
   7. No longer deaf: what comes queues up behind.
 active:
@@ -30,6 +30,7 @@ from .restoreplan import AllowAnyReuse, BeTransparent, Bind, Connect, ForceBuffe
 
 _BUFFER_SLACK = 1 << 20
 _SEND_BYTES = 1 << 20  # until it gets its own size back; nothing is sent before
+_DEVICE = "SO_BINDTODEVICE"
 #: By IP_TOS, and by ForceBuffers: to be written though a new socket has the value.
 _CHANGED_BY_OTHERS = frozenset({"SO_PRIORITY", "SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK", "SO_REUSEADDR"})
 
@@ -54,9 +55,16 @@ class Deliver:
 Step = Deafen | Hear | Deliver | AllowAnyReuse | BeTransparent | Bind | Connect | ForceBuffers | SetOption
 
 
+def _device(state: DatagramState, fresh: Mapping[str, OptionValue]) -> list[Step]:
+    """Behind the datagrams that waited, since those come by loopback."""
+    device = state.options.get(_DEVICE, "")
+    return [SetOption(_DEVICE, device)] if device != fresh.get(_DEVICE, "") else []
+
+
 def _options(state: DatagramState, when: When, fresh: Mapping[str, OptionValue]) -> list[Step]:
     return [SetOption(option.name, state.options[option.name])
-            for option in applying(state.flow.socket_family, when, Protocol.UDP) if option.name in state.options
+            for option in applying(state.flow.socket_family, when, Protocol.UDP)
+            if option.name in state.options and option.name != _DEVICE
             and (fresh.get(option.name) != state.options[option.name] or option.name in _CHANGED_BY_OTHERS)]
 
 
@@ -67,7 +75,7 @@ def dormant_steps(state: DatagramState, fresh: Mapping[str, OptionValue] | None 
                                                     _SEND_BYTES),
             BeTransparent(), *_options(state, When.BEFORE_BIND, fresh), Bind(state.flow.local),
             Connect(state.flow.peer), Hear(), *map(Deliver, state.datagrams),
-            *_options(state, When.CONNECTED, fresh), Deafen()]
+            *_options(state, When.CONNECTED, fresh), *_device(state, fresh), Deafen()]
 
 
 def opening_steps() -> list[Step]:

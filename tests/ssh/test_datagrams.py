@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -103,10 +104,28 @@ def test_what_cannot_be_passed_is_refused_by_name_and_list_says_the_same() -> No
         assert here.release() == []
 
 
+def test_a_new_descriptor_goes_again_where_the_pass_is_undone() -> None:
+    with datagram_world() as here:
+        peer = DatagramPeer(here, "--rate", "100")
+        program = here.nodes[here.other.name].process.pid
+        before = sorted(os.listdir(f"/proc/{program}/fd"))
+        attempt = Attempt(here, "destination:write prepared", "--into", f"pid:{program}", fails_with="EIO")
+        report = attempt.outcome()
+        assert report is not None
+        assert report["owner"] == "origin"
+        assert sorted(os.listdir(f"/proc/{program}/fd")) == before
+        report = here.pass_once("--into", f"pid:{program}")
+        assert f"process {program}" in report["into"]
+        assert len(os.listdir(f"/proc/{program}/fd")) == len(before) + 1
+        peer.finish()
+        here.node.end()
+        assert here.release() == []
+
+
 @pytest.mark.parametrize(("step", "victims", "owner"), [
     ("origin:write offered", ("command", "keeper"), "origin"),
     ("destination:write prepared", ("serve",), "origin"),
-    ("destination:activate", ("serve",), "destination"),
+    ("destination:unfence", ("serve",), "destination"), ("destination:activate", ("serve",), "destination"),
     ("origin:redirect", ("command", "keeper"), "destination")])
 def test_whoever_is_killed_the_peer_goes_on_with_one_of_both(step: str, victims: tuple[str, ...], owner: str) -> None:
     with datagram_world() as here:

@@ -67,6 +67,13 @@ def test_a_dormant_socket_is_deaf_but_for_the_datagrams_that_waited() -> None:
     assert "x" * 10 not in repr(steps)
 
 
+def test_the_device_is_set_behind_the_datagrams_which_do_not_come_by_it() -> None:
+    state = datagram_states()[0]
+    steps = dormant_steps(replace(state, options={**state.options, "SO_BINDTODEVICE": "eth0"}))
+    kinds = [step.name if isinstance(step, SetOption) else type(step) for step in steps]
+    assert max(place for place, kind in enumerate(kinds) if kind is Deliver) < kinds.index("SO_BINDTODEVICE")
+
+
 def test_a_socket_that_a_program_has_keeps_its_own_options() -> None:
     state = fitted(datagram_states()[0], {"SO_RCVBUF": 1 << 20, "UDP_SEGMENT": 500}, ipv6_socket=True)
     assert (state.options["SO_RCVBUF"], state.options["UDP_SEGMENT"], state.flow.mapped) == (1 << 20, 500, True)
