@@ -80,6 +80,6 @@ class DatagramPeer:
 
 
 @contextlib.contextmanager
-def datagram_world(**options: Any) -> Iterator[DatagramWorld]:
-    with Lab() as lab:
+def datagram_world(*, apart: tuple[str, ...] = (), **options: Any) -> Iterator[DatagramWorld]:
+    with Lab(apart=[*apart]) as lab:
         yield DatagramWorld(lab, **options)

@@ -48,6 +48,20 @@ def test_datagrams_in_several_packets_go_on_as_well(version: int) -> None:
         assert here.release() == []
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_where_the_hosts_share_no_link_they_go_through_a_tunnel(version: int) -> None:
+    """With datagrams of several packets, and a guard that lets nothing else out."""
+    with datagram_world(version=version, apart=("destination",)) as here:
+        peer = DatagramPeer(here, "--rate", "200", "--size", "3000")
+        report = here.pass_once("--via", str(here.lab.destination.ipv4))
+        assert "by a tunnel" in report["redirect"]
+        here.pass_once("--via", str(here.lab.origin.ipv4))
+        said = peer.finish()
+        assert {name: said[name] for name in CLEAN} == CLEAN, said
+        here.node.end()
+        assert here.release() == []
+
+
 def test_a_program_that_knows_nothing_gets_it_in_the_place_of_a_descriptor() -> None:
     spare = [sys.executable, "-m", "criu_tcpcp.lab.datagrams", "spare"]
     with datagram_world(destination_argv=spare) as here:
