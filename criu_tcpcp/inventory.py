@@ -224,6 +224,8 @@ def _obstacle_to_datagrams(flow: Flow | None, others: tuple[int, ...]) -> tuple[
 def _obstacle_inside_datagrams(sock: socket.socket) -> tuple[str | None, str]:
     if sock.getsockopt(socket.IPPROTO_UDP, _UDP_ENCAP):
         return "has a kernel protocol on top (UDP_ENCAP), which cannot be carried", ""
+    if tcpinfo.reads_end(sock):
+        return "is shut down for reading, which is not carried", ""
     if datagrams.has_filter(sock):
         return "has a packet filter (SO_ATTACH_FILTER), which is not carried", ""
     if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):

@@ -405,12 +405,13 @@ class Origin:
     def _forget(self) -> None:
         """Nobody will need the state again; a divert that brought the packets here is of no use either."""
         self.journal.forget(STATE_FILE)
-        if self._rules is not None and self._machine_state is not OriginState.ROLLED_BACK \
-                and self._rules.is_diverted(self.flow):
-            DivertAtDestination().undo(self._rules, self.flow)
+        # First the word, for which the destination may hold what comes to it directly (merging.py).
         if self._machine_state in (OriginState.DONE, OriginState.LOST) and self.there.is_connected:
             self.there.tell_settled(self.journal.pass_id, _ANSWER_TIMEOUT_S)  # else the operator decided without it
             self.journal.write(TOLD)
+        if self._rules is not None and self._machine_state is not OriginState.ROLLED_BACK \
+                and self._rules.is_diverted(self.flow):
+            DivertAtDestination().undo(self._rules, self.flow)
 
     def _reroute(self) -> None:
         with netns.enter(self._home):
