@@ -13,23 +13,24 @@ import ipaddress
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import ClassVar
 
 from . import endpoints, graft
 from .core import messages
-from .core.endpoint import Flow
+from .core.endpoint import Flow, Protocol
 from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, DestinationState, Event
 from .core.image import Image
 from .core.messages import Message, Stage
 from .core.policy import Taker
+from .core.refusals import Refusal
 from .door import Entry
 from .endpoints import Restoration
 from .executor import GaveUp, event_of
 from .graft import in_place
 from .journal import LOST_MARK, Journal
-from .kernel import netns, process, routing, sockdiag, sockopt, tcpinfo
+from .kernel import conntrack, netns, process, repair, routing, sockdiag, sockopt, tcpinfo
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
@@ -50,10 +51,10 @@ _FORCED = frozenset({"SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK"})  # of a dormant s
 
 
 class Destination:
-    """See the module. `entry`: what a guarded door says to the pass; None where there is none."""
+    """See the module. `entry`: what a guarded door says to the pass; None where there is none. `needs`: as of Stage."""
 
     def __init__(self, journal: Journal, wire: Wire, flow: Flow, into: str, prologue: bytes | None = None,
-                 entry: Entry | None = None) -> None:
+                 entry: Entry | None = None, needs: Container[str] = ()) -> None:
         self.name = "destination"
         self.journal = journal
         self.flow = flow
@@ -63,7 +64,7 @@ class Destination:
         self.left: list[str] = []
         self.notes: list[str] = []
         self.steps: list[tuple[str, float]] = []
-        self._into, self._prologue, self._entry = into, prologue, entry
+        self._into, self._prologue, self._entry, self._needs = into, prologue, entry, needs
         self._wire = wire
         self._machine_state = DestinationState.READY
         self._graft: graft.Graft | None = None
@@ -94,7 +95,7 @@ class Destination:
         its own, where this runs. Refused: nothing of it stands."""
         flow = Flow.from_json(stage.flow)
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
-                   stage.prologue if stage.has_prologue else None, entry)
+                   stage.prologue if stage.has_prologue else None, entry, stage.needs)
         # Until the state comes, the origin may wait for a quiet instant, or for its application.
         side._ready_s = min(max(0, stage.idle_ms) / 1000 + _PREPARED_TIMEOUT_S, _LONGEST_WAIT_S)
         side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
@@ -113,17 +114,21 @@ class Destination:
             if any((address.is_loopback, address.is_multicast, address.is_unspecified, address == _BROADCAST)):
                 raise Refused(f"a connection with the address {address} cannot live here")
         if flow.peer.address.is_link_local:
-            raise Refused(f"the peer {flow.peer.address} has a meaning on its own link only")
+            raise Refused(f"the peer {flow.peer.address} has a meaning on its own link only",
+                          refusal=Refusal.LINK_LOCAL)
         if routing.is_local(flow.peer.address):
-            raise Refused(f"the peer {flow.peer.address} is the destination host itself")
+            raise Refused(f"the peer {flow.peer.address} is the destination host itself", refusal=Refusal.LOCAL_PEER)
         try:
             routing.way_to(flow.peer.address)
         except KernelError as error:
-            raise Refused(f"the destination has no route to the peer {flow.peer.address}: {error.message}") from None
+            raise Refused(f"the destination has no route to the peer {flow.peer.address}: {error.message}",
+                          refusal=Refusal.NO_ROUTE) from None
         self.address_is_local = routing.is_local(flow.local.address)
         used = sockdiag.state_of(flow)
         if used is not None:
-            raise Refused(f"the destination has a connection {flow} already (state {used.label})")
+            raise Refused(f"the destination has a connection {flow} already (state {used.label})",
+                          refusal=Refusal.IN_USE)
+        refuse_unfit(self._needs, flow.protocol)
         self._graft = graft.find(self._into, flow)
         self._admit(self._graft.takers())
         with host_rules(flow.ip_version, flow.protocol) as rules:
@@ -470,6 +475,16 @@ class Destination:
         Action.RECLAIM: _reclaim, Action.WRITE_ACTIVE: _write_active, Action.WRITE_LOST: _write_lost,
         Action.SEND_COMMITTED: _send_committed,
         Action.SEND_ACTIVE: _send_active, Action.SEND_ABORTED: _send_aborted, Action.SEND_LOST: _send_lost}
+
+
+def refuse_unfit(needs: Container[str], protocol: Protocol = Protocol.TCP) -> None:
+    """What this kernel, as it is set in this network namespace, cannot do for a connection. `needs`: as of Stage."""
+    if Refusal.USEC_TIMESTAMPS in needs and not repair.has_usec_timestamps():
+        raise Refused("the connection uses microsecond timestamps, which the destination's kernel does not have",
+                      refusal=Refusal.USEC_TIMESTAMPS, hint="Linux 6.7 and later have them")
+    if protocol is Protocol.TCP and conntrack.refuses_the_middle():
+        raise Refused("the destination's conntrack takes no connection whose beginning it has not seen",
+                      refusal=Refusal.CONNTRACK, hint="there: sysctl net.netfilter.nf_conntrack_tcp_loose=1")
 
 
 def _elapsed(milliseconds: int) -> int:

@@ -10,34 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
+from . import obstacles
 from .core import tcp
 from .core.endpoint import Flow, IPAddress, Protocol
 from .core.errors import KernelError, Refused
+from .core.refusals import Refusal
 from .core.tcp import TcpState
-from .kernel import datagrams, netns, process, routing, sockdiag, syscalls, tcpinfo
+from .kernel import datagrams, iouring, netns, process, routing, sockdiag, syscalls, tcpinfo
+from .obstacles import Obstacle
 
-_SO_PROTOCOL, _SO_DOMAIN, _SO_ACCEPTCONN, _SO_ZEROCOPY = 38, 39, 30, 60
-_TCP_ULP = 31
-_UDP_ENCAP = 100
+_SO_PROTOCOL, _SO_DOMAIN, _SO_ACCEPTCONN = 38, 39, 30
 _IPPROTO_MPTCP = 262
-
-
-#: What could be done about a state in which there is no connection to pass.
-_WHY_STATE = {TcpState.SYN_SENT: "try again once it is established",
-              TcpState.SYN_RECV: "try again once it is established",
-              TcpState.CLOSE: "the connection is over, or never began: no packet belongs to it any more"}
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A TCP or UDP socket of a process. `why_not` is None where it can be passed; `hint` then is what could be done
-    about it."""
+    """A TCP or UDP socket of a process. `obstacle` is None where it can be passed."""
 
     pid: int
     process_name: str
@@ -48,8 +41,7 @@ class Connection:
     unread: int
     unacknowledged: int
     cookie: int
-    why_not: str | None
-    hint: str = ""
+    obstacle: Obstacle | None
     shared_with: tuple[int, ...] = field(default=())
     protocol: Protocol = Protocol.TCP
 
@@ -60,8 +52,9 @@ class Connection:
         return "UNCONN" if is_unconnected else self.state.label
 
 
-def find(pid: int, fd: int) -> Connection:
-    """The connection behind a descriptor. Refused, with the reason, where there is none that can be passed."""
+def find(pid: int, fd: int, allowing: Container[Refusal] = ()) -> Connection:
+    """The connection behind a descriptor. Refused, with the reason, where there is none that can be passed.
+    `allowing`: what the user takes all the same."""
     process.identity(pid)
     links = process.descriptors(pid)
     if fd not in links:
@@ -73,13 +66,13 @@ def find(pid: int, fd: int) -> Connection:
     pidfd = syscalls.pidfd_open(pid)
     try:
         found = _examine(pid, pidfd, inode, tuple(n for n, link in links.items() if link == links[fd]),
-                         process.holders({inode})[inode])
+                         process.holders({inode})[inode], iouring.of(pid, links), allowing)
     finally:
         os.close(pidfd)
     if isinstance(found, str):
         raise Refused(f"descriptor {fd} of process {pid} {found}")
-    if found.why_not is not None:
-        raise Refused(f"descriptor {fd} of process {pid} {found.why_not}", hint=found.hint)
+    if found.obstacle is not None:
+        raise found.obstacle.refused(f"descriptor {fd} of process {pid}")
     return found
 
 
@@ -105,12 +98,16 @@ def connections(pid: int | None = None) -> Iterator[Connection]:
             pidfd = syscalls.pidfd_open(one)
         except KernelError:  # it has exited
             continue
-        name = process.name(one)
+        try:
+            program = _Program(one, process.name(one), pidfd, iouring.of(one))
+        except Refused:  # it has exited
+            os.close(pidfd)
+            continue
         try:
             for inode, numbers in by_process[one].items():
                 entry = networks[identity].sockets.get(inode)
                 if entry is not None:
-                    yield _listed(one, name, pidfd, entry, tuple(numbers), holding[inode], networks[identity])
+                    yield _listed(program, entry, tuple(numbers), holding[inode], networks[identity])
         finally:
             os.close(pidfd)
 
@@ -123,40 +120,52 @@ class _Network:
     local: dict[IPAddress, bool] = field(default_factory=dict)
 
 
-def _listed(pid: int, name: str, pidfd: int, entry: sockdiag.Known, numbers: tuple[int, ...], holding: set[int],
+@dataclass(frozen=True)
+class _Program:
+    pid: int
+    name: str
+    pidfd: int
+    rings: tuple[iouring.Ring, ...]
+
+
+def _listed(program: _Program, entry: sockdiag.Known, numbers: tuple[int, ...], holding: set[int],
             network: _Network) -> Connection:
     """Of what the kernel tells of all sockets at once; only one that may be passed is looked at by itself."""
+    pid = program.pid
     others = tuple(sorted(holding - {pid})) if len(holding) > 1 else ()
     if entry.protocol is Protocol.UDP:
-        why_not, hint = _obstacle_to_datagrams(entry.flow, others)
+        obstacle = obstacles.to_datagrams(entry.flow, others)
     else:
-        why_not, hint = _obstacle(entry.state, entry.flow, entry.options, entry.upper, others)
-    if why_not is None and entry.flow is not None:
+        obstacle = obstacles.in_kernels_list(entry.state, entry.flow, entry.options, entry.upper, entry.is_signed,
+                                             others)
+    if obstacle is None:
+        obstacle = obstacles.in_rings(program.rings, entry.inode)
+    if obstacle is None and entry.flow is not None:
+        try:
+            with syscalls.borrow_known(program.pidfd, numbers[0], entry.flow) as sock:
+                obstacle = obstacles.INSIDE[entry.protocol](sock)
+        except (KernelError, OSError):  # ENOTSOCK: it has become something else
+            obstacle = Obstacle(Refusal.NOT_ALLOWED, "may not be taken, or was closed just now")
+    if obstacle is None and entry.flow is not None:
         peer = entry.flow.peer.address
         if peer not in network.local:
             with netns.enter(process.network_namespace(pid)):
                 network.local[peer] = routing.is_local(peer)
         if network.local[peer]:
-            refusal = _local_peer(entry.flow)
-            why_not, hint = refusal.message, refusal.hint
-        else:
-            try:
-                with syscalls.borrow_known(pidfd, numbers[0], entry.flow) as sock:
-                    why_not, hint = _INSIDE[entry.protocol](sock)
-            except (KernelError, OSError):  # ENOTSOCK: it has become something else
-                why_not = "may not be taken, or was closed just now"
-    return Connection(pid=pid, process_name=name, descriptors=numbers, inode=entry.inode,
+            obstacle = obstacles.local_peer(entry.flow)
+    return Connection(pid=pid, process_name=program.name, descriptors=numbers, inode=entry.inode,
                       state=entry.state, flow=entry.flow, unread=entry.unread, unacknowledged=entry.unacknowledged,
-                      cookie=entry.cookie, why_not=why_not, hint=hint, shared_with=others, protocol=entry.protocol)
+                      cookie=entry.cookie, obstacle=obstacle, shared_with=others, protocol=entry.protocol)
 
 
-def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding: set[int]) -> Connection | str:
+def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding: set[int],
+             rings: tuple[iouring.Ring, ...], allowing: Container[Refusal]) -> Connection | str:
     """A TCP or UDP socket as a Connection; for anything else, what it is. Refused where it cannot be had."""
     try:
         sock = syscalls.borrow_socket(pidfd, numbers[0])
     except KernelError as error:
         if error.errno == errno.EPERM:
-            raise Refused(f"descriptor {numbers[0]} of process {pid} may not be taken",
+            raise Refused(f"descriptor {numbers[0]} of process {pid} may not be taken", refusal=Refusal.NOT_ALLOWED,
                           hint="root, or CAP_SYS_PTRACE and CAP_NET_ADMIN, are needed") from None
         if error.errno in (errno.ESRCH, errno.EBADF, errno.ENOTSOCK):
             raise Refused(f"process {pid} has closed descriptor {numbers[0]} or has exited") from None
@@ -169,11 +178,11 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
         if domain not in (socket.AF_INET, socket.AF_INET6):
             return f"is a socket of address family {domain}, not a TCP connection"
         if protocol == socket.IPPROTO_UDP:
-            return _examine_datagrams(sock, pid, inode, numbers, tuple(sorted(holding - {pid})))
+            return _examine_datagrams(sock, pid, inode, numbers, tuple(sorted(holding - {pid})), rings)
         if protocol not in (socket.IPPROTO_TCP, _IPPROTO_MPTCP):
             return f"is a socket of IP protocol {protocol}, not a TCP connection"
         if protocol == _IPPROTO_MPTCP:
-            return "is an MPTCP socket: the kernel has no repair mode for it"
+            raise obstacles.MPTCP.refused(f"descriptor {numbers[0]} of process {pid}")
         info = tcpinfo.read(sock)
         listening = bool(sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN))
         flow: Flow | None = None
@@ -183,14 +192,16 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
             except (KernelError, ValueError):
                 flow = None
         others = tuple(sorted(holding - {pid}))
-        why_not, hint = _obstacle(info.state, flow, info.options, _upper_protocol(sock), others)
-        if why_not is None:
-            why_not, hint = _obstacle_inside(sock)
+        with netns.enter(process.network_namespace(pid)):
+            is_signed = obstacles.is_signed(flow)
+        obstacle = (obstacles.in_kernels_list(info.state, flow, info.options, obstacles.upper_protocol(sock), is_signed,
+                                              others, allowing)
+                    or obstacles.in_rings(rings, inode) or obstacles.inside(sock))
         return Connection(
             pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode, state=info.state, flow=flow,
             unread=0 if listening else tcpinfo.unread_bytes(sock),
             unacknowledged=0 if listening else _unacknowledged(sock, info.state),
-            cookie=tcpinfo.cookie(sock), why_not=why_not, hint=hint, shared_with=others)
+            cookie=tcpinfo.cookie(sock), obstacle=obstacle, shared_with=others)
 
 
 def _unacknowledged(sock: socket.socket, state: TcpState) -> int:
@@ -199,97 +210,18 @@ def _unacknowledged(sock: socket.socket, state: TcpState) -> int:
     return count - 1 if count and state in tcp.FIN_QUEUED_STATES else count
 
 
-def _examine_datagrams(sock: socket.socket, pid: int, inode: int, numbers: tuple[int, ...],
-                       others: tuple[int, ...]) -> Connection:
+def _examine_datagrams(sock: socket.socket, pid: int, inode: int, numbers: tuple[int, ...], others: tuple[int, ...],
+                       rings: tuple[iouring.Ring, ...]) -> Connection:
     flow: Flow | None = None
     with contextlib.suppress(KernelError, ValueError):
         flow = tcpinfo.flow_of(sock)
-    why_not, hint = _obstacle_to_datagrams(flow, others)
-    if why_not is None:
-        why_not, hint = _obstacle_inside_datagrams(sock)
+    obstacle = (obstacles.to_datagrams(flow, others) or obstacles.in_rings(rings, inode)
+                or obstacles.inside_datagrams(sock))
     return Connection(
         pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode,
         state=TcpState.CLOSE if flow is None else TcpState.ESTABLISHED, flow=flow,
         unread=datagrams.queue_memory(sock), unacknowledged=tcpinfo.bytes_below(sock), cookie=tcpinfo.cookie(sock),
-        why_not=why_not, hint=hint, shared_with=others, protocol=Protocol.UDP)
-
-
-def _obstacle_to_datagrams(flow: Flow | None, others: tuple[int, ...]) -> tuple[str | None, str]:
-    if flow is None:
-        return ("is a UDP socket without a peer of its own",
-                "only one that its program has connected to its peer is passed")
-    return _obstacle(TcpState.ESTABLISHED, flow, 0, "", others)
-
-
-def _obstacle_inside_datagrams(sock: socket.socket) -> tuple[str | None, str]:
-    if sock.getsockopt(socket.IPPROTO_UDP, _UDP_ENCAP):
-        return "has a kernel protocol on top (UDP_ENCAP), which cannot be carried", ""
-    if tcpinfo.reads_end(sock):
-        return "is shut down for reading, which is not carried", ""
-    if datagrams.has_filter(sock):
-        return "has a packet filter (SO_ATTACH_FILTER), which is not carried", ""
-    if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
-        return "uses MSG_ZEROCOPY, whose completions would be lost", ""
-    if datagrams.has_corked(sock):
-        return "has a datagram that was begun and not finished (UDP_CORK, MSG_MORE), which cannot be carried", \
-            "try again once the program has sent it"
-    if datagrams.has_error(sock):
-        return "has an error waiting, which cannot be carried", "try again once the program has read it"
-    return None, ""
-
-
-def _obstacle(state: TcpState, flow: Flow | None, options: int, upper: str,
-              others: tuple[int, ...]) -> tuple[str | None, str]:
-    """The first thing that forbids the pass, as what the descriptor is, and what to do about it."""
-    if state is TcpState.LISTEN:
-        return "is a listening socket, which has no peer", ""
-    if state not in tcp.PASSABLE_STATES or flow is None:
-        return f"is in state {state.label}", _WHY_STATE.get(state, "")
-    if others:
-        return (f"is shared with process {', '.join(map(str, others[:4]))}",
-                "every process that could use the connection would have to give it up")
-    if options & tcp.OPT_USEC_TS:
-        return "uses microsecond timestamps, which cannot be carried", ""
-    if upper:
-        return f"has the kernel protocol {upper!r} on top, which cannot be carried", ""
-    if _is_loopback(flow.local.address) or _is_loopback(flow.peer.address):
-        return "is a loopback connection, which no other host can continue", ""
-    if _is_of_a_link(flow.peer.address):
-        return f"has the peer {flow.peer.address}, which has a meaning on its own link only", ""
-    return None, ""
-
-
-@functools.lru_cache(1 << 12)  # thousands of connections have few addresses, and ipaddress is slow
-def _is_loopback(address: IPAddress) -> bool:
-    return address.is_loopback
-
-
-@functools.lru_cache(1 << 12)
-def _is_of_a_link(address: IPAddress) -> bool:
-    return address.is_multicast or address.is_link_local
-
-
-def _obstacle_inside(sock: socket.socket) -> tuple[str | None, str]:
-    """What only the socket itself tells."""
-    if tcpinfo.has_urgent_data(sock):
-        return "has urgent data waiting, which cannot be carried", "try again once the program has read it"
-    if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
-        return "uses MSG_ZEROCOPY, whose completions would be lost", ""
-    return None, ""
-
-
-#: What only a look at the socket itself tells.
-_INSIDE: dict[Protocol, Callable[[socket.socket], tuple[str | None, str]]] = {
-    Protocol.TCP: _obstacle_inside, Protocol.UDP: _obstacle_inside_datagrams}
-
-
-def _upper_protocol(sock: socket.socket) -> str:
-    try:
-        return sock.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16).split(b"\0")[0].decode("ascii", "replace")
-    except OSError as error:
-        if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN):
-            return ""
-        raise
+        obstacle=obstacle, shared_with=others, protocol=Protocol.UDP)
 
 
 def refuse_local_peer(connection: Connection) -> None:
@@ -298,9 +230,4 @@ def refuse_local_peer(connection: Connection) -> None:
         return
     with netns.enter(process.network_namespace(connection.pid)):
         if routing.is_local(connection.flow.peer.address):
-            raise _local_peer(connection.flow)
-
-
-def _local_peer(flow: Flow) -> Refused:
-    return Refused(f"the peer {flow.peer} is on the origin host itself",
-                   hint="its packets cannot be sent on to another host")
+            raise obstacles.local_peer(connection.flow).refused(f"the connection {connection.flow}")

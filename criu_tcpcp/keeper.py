@@ -55,7 +55,7 @@ def _keep(control: socket.socket, journal: Journal, connection: Connection, targ
         _say(control, {"report": report.to_json()})
         status = 0
     except TcpcpError as error:
-        _say(control, {"failed": error.message, "hint": error.hint})
+        _say(control, {"failed": error.message, "hint": error.hint, "refusal": error.refusal})
     except Exception as error:  # noqa: BLE001 - a bug: the command says it, and the journal what became of the connection
         _say(control, {"crashed": f"{type(error).__name__}: {error}"[:500]})
     finally:
@@ -125,10 +125,10 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
     if origin.active is not None:
         steps += [("destination", str(name), float(ms)) for name, ms in origin.active.steps]
         left += [f"destination: {one}" for one in origin.active.left]
-        notes += [str(one) for one in origin.active.notes]
+        notes += [*origin.notes, *map(str, origin.active.notes)]
     if origin.holding is not None and not origin.holding.queues and origin.touched:
         notes.append("this kernel cannot queue packets: what came meanwhile was dropped, and the peer sent it again")
-    code, error, hint = ExitCode.OK, None, ""
+    code, error, hint, refusal = ExitCode.OK, None, "", ""
     cause = _cause(origin, executor)
     if state in (OriginState.DONE, OriginState.LOST) and origin.journal.last() not in ("done", "lost"):
         left.append(f"the end could not be written: criu-tcpcp resolve {origin.journal.pass_id} tries it again")
@@ -139,6 +139,7 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
         code = ExitCode.ROLLED_BACK if origin.touched else ExitCode.REFUSED
         outcome = "the pass was undone" if origin.touched else "nothing was touched"
         error, hint = f"{cause}; {outcome}, the origin process still has its connection", _hint(executor)
+        refusal = executor.failure.refusal if executor.failure is not None else ""
     elif state is OriginState.LOST:
         code, owner, error = ExitCode.LOST, Owner.NONE, f"the connection is lost: {origin.last_reason or cause}"
     else:
@@ -155,7 +156,7 @@ def make_report(origin: Origin, executor: Executor[OriginState]) -> Report:
         redirect=f"{plan.strategy} ({plan.reason})" if plan is not None else "", steps=tuple(steps),
         stall_ms=round(stall, 3) if stall is not None else None,
         left=tuple(left), notes=tuple(notes), error=error, hint=hint,
-        details={"held_packets": origin.holding.packets if origin.holding is not None else 0})
+        refusal=refusal, details={"held_packets": origin.holding.packets if origin.holding is not None else 0})
 
 
 def _cause(origin: Origin, executor: Executor[OriginState]) -> str:

@@ -12,13 +12,14 @@ import ipaddress
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from . import graft, inventory, journal, keeper, redirect, settle
 from .core.criu import messages as load_criu_messages
 from .core.errors import ExitCode, Owner, Refused, TcpcpError, UsageError
 from .core.messages import MAX_PROLOGUE
+from .core.refusals import Refusal
 from .inventory import Connection
 from .journal import Journal
 from .kernel import netns
@@ -29,13 +30,14 @@ from .transport.target import LocalTarget, Target, parse_host
 Progress = Callable[[str], None]
 
 
-def check(pid: int, fd: int) -> Connection:
-    """The connection, if this host could pass it. Refused with the reason; nothing is touched."""
+def check(pid: int, fd: int, allowing: Container[Refusal] = ()) -> Connection:
+    """The connection, if this host could pass it. Refused with the reason; nothing is touched. `allowing`: what the
+    user takes all the same."""
     if os.geteuid() != 0:
         raise Refused("root is needed (CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_PTRACE)", hint="run it with sudo")
     if pid == os.getpid():
         raise Refused("a process cannot pass its own connection through this call", hint="run criu-tcpcp beside it")
-    connection = inventory.find(pid, fd)
+    connection = inventory.find(pid, fd, allowing)
     inventory.refuse_local_peer(connection)
     load_criu_messages()
     return connection
@@ -93,7 +95,7 @@ def pass_connection(pid: int, fd: int, host: str | Target | LocalTarget, *, prog
     try:
         target = parse_host(host) if isinstance(host, str) else host
         wanted = check_options(options)
-        connection = check(pid, fd)
+        connection = check(pid, fd, wanted.allowing)
         journal.prepare_run_directory()
         report = run_keeper(Journal(journal.new_id(), journal.ORIGIN), connection, target, wanted, progress)
     except PassError:
@@ -108,7 +110,7 @@ def pass_connection(pid: int, fd: int, host: str | Target | LocalTarget, *, prog
 def refused(pid: int, fd: int, error: TcpcpError) -> Report:
     """The report of what was refused before it had an id."""
     return Report(id="", owner=error.owner, exit=error.exit_code, connection=f"process {pid}, descriptor {fd}",
-                  error=error.message, hint=error.hint)
+                  error=error.message, hint=error.hint, refusal=error.refusal)
 
 
 def run_keeper(record: Journal, connection: Connection, target: Target | LocalTarget, options: Options,
@@ -146,7 +148,7 @@ def _listen(control: socket.socket, progress: Progress | None) -> Report | str:
         if "report" in said:
             return Report.from_json(said["report"])
         if "failed" in said:
-            raise Refused(said["failed"], hint=said["hint"])
+            raise Refused(said["failed"], hint=said["hint"], refusal=said["refusal"])
         if "crashed" in said:
             return f"internal error in the keeper, please report it: {said['crashed']}"
         if progress is not None:

@@ -149,7 +149,7 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
         except TcpcpError as error:
             if entry is not None:
                 entry.tell_refused(error)
-            wire.send(messages.Refused(stage.pass_id, error.message, error.hint))
+            wire.send(messages.Refused(stage.pass_id, error.message, error.hint, error.refusal))
             return
         held.enter_context(contextlib.closing(side))
         held.enter_context(without_garbage_collection())

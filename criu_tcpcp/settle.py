@@ -172,7 +172,7 @@ def _remains(journal: Journal) -> Connection:
     return Connection(pid=intent["pid"], process_name=process.name(intent["pid"]),
                       descriptors=tuple(intent["descriptors"]), inode=intent["inode"], state=TcpState.ESTABLISHED,
                       flow=Flow.from_json(intent["flow"]), unread=0, unacknowledged=0, cookie=intent["cookie"],
-                      why_not=None)
+                      obstacle=None)
 
 
 def _told_report(journal: Journal) -> Report:

@@ -40,7 +40,7 @@ def datagram_states() -> list[DatagramState]:
     some = (Datagram(b""), Datagram(b"one", 1, 255), Datagram(b"x" * 3000, 255, 0x28), Datagram(b""))
     options: dict[str, OptionValue] = {"SO_SNDBUF": 87040, "SO_RCVBUF": 131072, "UDP_SEGMENT": 1200,
                                        "SO_RCVTIMEO": (1, 5), "SO_SNDTIMEO": (0, 0), "SO_BINDTODEVICE": "",
-                                       "SO_LINGER": (0, 0)}
+                                       "SO_LINGER": (0, 0), "SO_ATTACH_FILTER": ""}
     return [DatagramState(replace(flow, protocol=Protocol.UDP), queue, options, True)
             for flow in FLOWS.values() for queue in (some, ())]
 
@@ -52,12 +52,22 @@ def _value(option: Option) -> st.SearchStrategy[OptionValue]:
         return st.just((0, 0)) | st.tuples(st.just(1), st.integers(0, 100000))
     if option.form is Form.TEXT:
         return st.sampled_from(["", "lo", "cubic", "eth0"])
+    if option.form is Form.LONG:
+        return st.integers(0, (1 << 64) - 1)
+    if option.form is Form.PAIR:
+        return st.tuples(st.integers(-(1 << 31), (1 << 31) - 1), st.integers(0, (1 << 32) - 1))
+    if option.form is Form.BYTES:
+        return st.binary(max_size=40).map(bytes.hex)
+    if option.form is Form.FILTER:
+        return st.binary(max_size=64).map(lambda some: some[:len(some) // 8 * 8].hex())
     switch = option.criu is not None and option.name in {
-        "SO_REUSEADDR", "SO_REUSEPORT", "SO_KEEPALIVE", "SO_DONTROUTE", "IP_FREEBIND", "SO_OOBINLINE"}
+        "SO_REUSEADDR", "SO_REUSEPORT", "SO_KEEPALIVE", "SO_DONTROUTE", "IP_FREEBIND", "SO_OOBINLINE", "SO_BROADCAST",
+        "SO_NO_CHECK", "SO_PASSCRED", "SO_PASSSEC", "IPV6_V6ONLY"}
     return st.integers(0, 1) if switch else st.integers(0, (1 << 31) - 1)
 
 
-_ALWAYS = frozenset({"SO_SNDBUF", "SO_RCVBUF", "SO_RCVTIMEO", "SO_SNDTIMEO", "SO_BINDTODEVICE", "SO_LINGER"})
+_ALWAYS = frozenset({"SO_SNDBUF", "SO_RCVBUF", "SO_RCVTIMEO", "SO_SNDTIMEO", "SO_BINDTODEVICE", "SO_LINGER",
+                     "SO_ATTACH_FILTER"})
 
 sequences = st.integers(0, tcp.MODULUS - 1) | st.integers(-5, 5).map(lambda near: near % tcp.MODULUS)
 
@@ -95,7 +105,7 @@ def states(draw: st.DrawFn) -> ConnectionState:
     scale = st.integers(0, tcp.MAX_WSCALE) if scaled else st.just(0)
     negotiated = Negotiated(draw(st.integers(tcp.MIN_MSS, 65535)), scaled, draw(scale), draw(scale),
                             draw(st.booleans()), timestamps, draw(st.booleans()))
-    # The first six are always in CRIU's images, so in a state that came from a kernel too.
+    # These are always in CRIU's images, so in a state that came from a kernel too.
     rows = {option.name: option for option in applying(flow.socket_family)}
     names = _ALWAYS | draw(st.frozensets(st.sampled_from(sorted(rows)), max_size=5))
     options = {name: draw(_value(rows[name])) for name in sorted(names)}

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows += [[one.protocol.label, one.state_label, str(one.unread), str(one.unacknowledged),
               str(one.flow.local) if one.flow else "*", str(one.flow.peer) if one.flow else "*",
               f"{one.process_name}({one.pid})", ",".join(map(str, one.descriptors)),
-              f"no: {one.why_not}" if one.why_not else "yes"] for one in found]
+              f"no: {one.obstacle.what}" if one.obstacle else "yes"] for one in found]
     console.table(rows)
     return int(ExitCode.OK)
 
@@ -43,5 +43,7 @@ def _object(one: Any) -> dict[str, Any]:
     return {"pid": one.pid, "process": one.process_name, "fds": list(one.descriptors),
             "protocol": one.protocol.label, "state": one.state_label,
             "local": str(one.flow.local) if one.flow else None, "peer": str(one.flow.peer) if one.flow else None,
-            "recv_q": one.unread, "send_q": one.unacknowledged, "passable": one.why_not is None, "why_not": one.why_not,
-            "hint": one.hint, "shared_with": list(one.shared_with)}
+            "recv_q": one.unread, "send_q": one.unacknowledged, "passable": one.obstacle is None,
+            "refusal": one.obstacle.refusal if one.obstacle else None,
+            "why_not": one.obstacle.what if one.obstacle else None, "hint": one.obstacle.hint if one.obstacle else "",
+            "shared_with": list(one.shared_with)}

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="bytes that an unmodified server there reads before the peer's; its answers are dropped")
     parser.add_argument("--tls-anyway", action="store_true",
                         help="pass what looks like TLS to an unmodified program, too, which does not have its keys")
+    parser.add_argument("--ecn-anyway", action="store_true",
+                        help="pass a connection that negotiated ECN, too; it goes on without")
     parser.add_argument("--dry-run", action="store_true",
                         help="reach the destination, stage everything, stop nothing, and take it all back")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -68,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"into": arguments.into, "redirect": arguments.redirect, "via": arguments.via,
             "app_state": _bytes("--app-state", arguments.app_state, MAX_CARRIED, "256 MiB") or b"",
-            "tls_anyway": arguments.tls_anyway,
+            "tls_anyway": arguments.tls_anyway, "ecn_anyway": arguments.ecn_anyway,
             "prologue": _bytes("--prologue", arguments.prologue, MAX_PROLOGUE, "32 KiB"),
             "doubt_limit_s": _not_negative("--doubt-limit", arguments.doubt_limit), **freeze_options(arguments)}
 
@@ -99,8 +101,8 @@ def _dry_run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     here."""
     from .. import passing
     from ..core import handoff
-    passing.check_options(options)
-    connection = passing.check(arguments.pid, arguments.fd)
+    wanted = passing.check_options(options)
+    connection = passing.check(arguments.pid, arguments.fd, wanted.allowing)
     preview = passing.preview(connection, target_of(arguments), options)
     actions = [action.value for transition in (
         handoff.ORIGIN[handoff.OriginState.READY, handoff.Event.START],

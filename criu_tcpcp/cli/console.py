@@ -55,7 +55,8 @@ def refusal_json(problem: TcpcpError, *, about_connection: bool) -> None:
     """What --json prints where there is nothing else to print: the reason, and who owns the connection where one was
     concerned (docs/command-line.md)."""
     owner = {"owner": problem.owner.value} if about_connection else {}
-    result_json({"schema": 1, "exit": int(problem.exit_code), **owner, "error": problem.message, "hint": problem.hint})
+    result_json({"schema": 1, "exit": int(problem.exit_code), **owner, "error": problem.message, "hint": problem.hint,
+                 "refusal": problem.refusal or None})
 
 
 def progress(text: str) -> None:

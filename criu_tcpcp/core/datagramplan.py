@@ -31,6 +31,7 @@ from .restoreplan import AllowAnyReuse, BeTransparent, Bind, Connect, ForceBuffe
 _BUFFER_SLACK = 1 << 20
 _SEND_BYTES = 1 << 20  # until it gets its own size back; nothing is sent before
 _DEVICE = "SO_BINDTODEVICE"
+_FILTERS = ("SO_ATTACH_FILTER", "SO_LOCK_FILTER")  # in their place is another one until then
 #: By IP_TOS, and by ForceBuffers: to be written though a new socket has the value.
 _CHANGED_BY_OTHERS = frozenset({"SO_PRIORITY", "SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK", "SO_REUSEADDR"})
 
@@ -64,7 +65,7 @@ def _device(state: DatagramState, fresh: Mapping[str, OptionValue]) -> list[Step
 def _options(state: DatagramState, when: When, fresh: Mapping[str, OptionValue]) -> list[Step]:
     return [SetOption(option.name, state.options[option.name])
             for option in applying(state.flow.socket_family, when, Protocol.UDP)
-            if option.name in state.options and option.name != _DEVICE
+            if option.name in state.options and option.name not in {_DEVICE, *_FILTERS}
             and (fresh.get(option.name) != state.options[option.name] or option.name in _CHANGED_BY_OTHERS)]
 
 
@@ -78,9 +79,9 @@ def dormant_steps(state: DatagramState, fresh: Mapping[str, OptionValue] | None 
             *_options(state, When.CONNECTED, fresh), *_device(state, fresh), Deafen()]
 
 
-def opening_steps() -> list[Step]:
-    """From dormant to one that hears."""
-    return [Hear()]
+def opening_steps(state: DatagramState) -> list[Step]:
+    """From dormant to one that hears, through the filter of its program if there is one."""
+    return [Hear(), *(SetOption(name, state.options[name]) for name in _FILTERS if state.options.get(name))]
 
 
 def activation_steps(state: DatagramState) -> list[Step]:

@@ -33,15 +33,17 @@ class ExitCode(enum.IntEnum):
 
 
 class TcpcpError(Exception):
-    """Base of all our errors. `hint` says what to do about it, in one clause, or is empty."""
+    """Base of all our errors. `hint` says what to do about it, in one clause, or is empty. `refusal` is the name of
+    what was refused, where that has one (core/refusals.py)."""
 
     exit_code = ExitCode.REFUSED
     owner = Owner.ORIGIN
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", refusal: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.refusal = refusal
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

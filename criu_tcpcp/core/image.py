@@ -18,7 +18,7 @@ import json
 import re
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ _ENTRY_LIMIT = 1 << 16
 _EXTRAS_LIMIT = 1 << 16
 _TEXT = re.compile(r"[!-.0-~]{0,15}")  # IFNAMSIZ, TCP_CA_NAME_MAX less the zero; no name of either kind has a slash
 _LONGEST_S = (1 << 63) - 1
+_HEADER = re.compile(r"([0-9a-f]{2}){0,40}")  # bytes of IP options at most (RFC 791 3.1)
+_INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jt, jf, k
+_MOST_INSTRUCTIONS = 4096  # linux/bpf_common.h, BPF_MAXINSNS
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,8 @@ def _set_field(entry: Any, option: Option, value: OptionValue) -> None:
     elif option.form is Form.TEXT:
         if value:
             setattr(entry, name, value)
+    elif option.form is Form.FILTER and isinstance(value, str):
+        getattr(entry, name).extend(_instructions(bytes.fromhex(value)))
     else:
         field = entry.DESCRIPTOR.fields_by_name[name]
         setattr(entry, name, bool(value) if field.type == field.TYPE_BOOL else _unsigned(value))
@@ -262,6 +267,8 @@ def _get_field(entry: Any, option: Option) -> OptionValue | None:
     if option.form is Form.TIMEVAL:
         return (_number(option.name, int(getattr(entry, f"{name}_sec")), 0, _LONGEST_S),
                 _number(option.name, int(getattr(entry, f"{name}_usec")), 0, 999_999))
+    if option.form is Form.FILTER:
+        return _filter_bytes(getattr(entry, name)).hex()
     if not entry.HasField(name):
         absent: dict[Form, OptionValue] = {Form.LINGER: (0, 0), Form.TEXT: ""}
         return absent.get(option.form)
@@ -269,6 +276,18 @@ def _get_field(entry: Any, option: Option) -> OptionValue | None:
     if option.form is Form.LINGER:
         return (1, _signed(value))
     return _text(option.name, value) if option.form is Form.TEXT else _signed(value)
+
+
+def _instructions(program: bytes) -> list[int]:
+    """CRIU's form of struct sock_filter: a number, whose highest digits are the code, and whose lowest is k."""
+    return [code << 48 | jt << 40 | jf << 32 | k for code, jt, jf, k in _INSTRUCTION.iter_unpack(program)]
+
+
+def _filter_bytes(numbers: Sequence[int]) -> bytes:
+    if len(numbers) > _MOST_INSTRUCTIONS:
+        raise ProtocolError("the filter in the image is too long")
+    return b"".join(_INSTRUCTION.pack(one >> 48, one >> 40 & 0xFF, one >> 32 & 0xFF, one & 0xFFFFFFFF)
+                    for one in numbers)
 
 
 def _unsigned(value: OptionValue) -> int:
@@ -301,8 +320,15 @@ def decode_options_beside(beside: dict[str, Any]) -> dict[str, OptionValue]:
             raise ProtocolError(f"unknown socket option {name!r} beside the images")
         if row.form is Form.INT:
             options[name] = _number(name, value, -(1 << 31), (1 << 31) - 1)
+        elif row.form is Form.LONG:
+            options[name] = _number(name, value, 0, (1 << 64) - 1)
+        elif row.form is Form.PAIR and type(value) is list and len(value) == 2:
+            options[name] = (_number(name, value[0], -(1 << 31), (1 << 31) - 1),
+                             _number(name, value[1], 0, (1 << 32) - 1))
         elif row.form is Form.TEXT and type(value) is str:
             options[name] = _text(name, value)
+        elif row.form is Form.BYTES and type(value) is str and _HEADER.fullmatch(value):
+            options[name] = value
         else:
             raise ProtocolError(f"the value of {name} has the wrong form")
     return options

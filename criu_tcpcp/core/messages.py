@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 from .errors import ProtocolError
 from .state import MAX_CARRIED
 
-PROTOCOL = 6  # one more for every message, field or meaning that is new
+PROTOCOL = 7  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
@@ -67,7 +67,8 @@ class Hello(Message):
 class Stage(Message):
     """`inet_sk`: the connection's inet_sk_entry while it still runs; Prepare's is the one that counts. `max_stall_ms`:
     how long the pass may take before the offer. `prologue`: what the program there reads before the peer's bytes, if
-    `has_prologue`. `idle_ms`: how long the origin may look for a quiet instant before that."""
+    `has_prologue`. `idle_ms`: how long the origin may look for a quiet instant before that. `needs`: what the
+    connection has and not every kernel can do, by the name of the refusal."""
 
     kind = 2
     pass_id: str
@@ -79,6 +80,7 @@ class Stage(Message):
     has_prologue: bool = False
     prologue: bytes = field(default=b"", repr=False)
     idle_ms: int = 0
+    needs: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,13 @@ class Staged(Message):
 
 @dataclass(frozen=True)
 class Refused(Message):
+    """`refusal`: the name, where it has one (refusals.py)."""
+
     kind = 4
     pass_id: str
     reason: str
     hint: str
+    refusal: str = ""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class SetNegotiated:
 
 @dataclass(frozen=True)
 class SetTimestamp:
-    """The TSval clock in milliseconds: even, since bit 0 chooses microseconds (Linux 6.7, 614e8316aa4c)."""
+    """The TSval clock: in milliseconds, even; in microseconds, odd (Linux 6.7, 614e8316aa4c)."""
 
     value: int
 
@@ -176,8 +176,10 @@ def _options(state: ConnectionState, when: When, fresh: Mapping[str, OptionValue
 
 
 def later_timestamp(timestamp: int, elapsed_ms: int) -> int:
-    """The TSval clock `elapsed_ms` after it showed `timestamp`: even, and never behind what was sent (getsockopt
-    clears bit 0, so what was sent may be one more than it says)."""
+    """The TSval clock `elapsed_ms` after it showed `timestamp`, in the same unit, and never behind what was sent: what
+    it showed lacks bit 0, and the time may lack a millisecond."""
+    if timestamp & 1:
+        return tcp.add(timestamp, (elapsed_ms + 2) * 1000)
     return tcp.add(timestamp, elapsed_ms + 2) & ~1
 
 

@@ -69,9 +69,10 @@ class Congestion:
 
 @dataclass(frozen=True)
 class ConnectionState:
-    """See the module's drawing. `timestamp`: the TSval clock, milliseconds; `ts_recent`: the peer's last TSval, the
-    TSecr of our next segment; both None where timestamps were not negotiated. `fin_unsent`: our FIN was not sent yet.
-    `shut_read`: the program has shut down for reading, which no state of TCP tells."""
+    """See the module's drawing. `timestamp`: the TSval clock, in milliseconds where it is even, in microseconds where
+    odd; `ts_recent`: the peer's last TSval, the TSecr of our next segment; both None where timestamps were not
+    negotiated. `fin_unsent`: our FIN was not sent yet. `shut_read`: the program has shut down for reading, which no
+    state of TCP tells."""
 
     flow: Flow
     tcp_state: TcpState

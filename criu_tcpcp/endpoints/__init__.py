@@ -40,10 +40,10 @@ class Restoration(Interface):
 
 
 class Endpoint(Interface):
-    """`why_gone`: why this socket, which was a connection, is none to be passed any more; `why_unfit`: what it has at
-    this moment that cannot be carried; `unanswered`: why another program could not go on here; each None where nothing
-    is in the way. `has_gap`: something waits behind what has not come yet. `first_unread`: the first bytes that wait,
-    as far as they can be looked at without a trace.
+    """`why_gone`: why this socket, which was a connection, is none to be passed any more; `unanswered`: why another
+    program could not go on here; both None where nothing is in the way. `needs`: what not every destination can do, by
+    the name of the refusal. `has_gap`: something waits behind what has not come yet. `first_unread`: the first bytes
+    that wait, as far as they can be looked at without a trace.
     `end`: the old endpoint goes without a packet; Refused by `check_end` where the program cannot be shown `sees`.
     `empty`: a program's socket gives up, without a packet, whatever it was connected to (Refused where it cannot), and
     `is_empty`; `is_alive`: it has a connection, which may be dormant; `take_away`: the program is not to have it, and
@@ -52,8 +52,8 @@ class Endpoint(Interface):
     ProtocolError where the image is none."""
 
     def why_gone(self, sock: socket.socket) -> str | None: ...
-    def why_unfit(self, sock: socket.socket) -> str | None: ...
     def unanswered(self, sock: socket.socket) -> str | None: ...
+    def needs(self, sock: socket.socket) -> list[str]: ...
     def has_gap(self, sock: socket.socket) -> bool: ...
     def first_unread(self, sock: socket.socket, count: int) -> bytes: ...
     def check_end(self, sees: str) -> None: ...

@@ -9,6 +9,7 @@ from ..core import tcp
 from ..core.endpoint import Flow
 from ..core.image import Image, decode
 from ..core.options import OptionValue
+from ..core.refusals import Refusal
 from ..core.reorder import Order, SegmentOrder
 from ..core.restoreplan import activation_steps, clock_steps, dormant_steps
 from ..core.state import ConnectionState, fitted
@@ -71,9 +72,6 @@ class TcpEndpoint:
         state = tcpinfo.read(sock).state
         return None if state in tcp.PASSABLE_STATES else f"is in state {state.label} by now"
 
-    def why_unfit(self, sock: socket.socket) -> str | None:
-        return "urgent data is waiting, which cannot be carried" if tcpinfo.has_urgent_data(sock) else None
-
     def unanswered(self, sock: socket.socket) -> str | None:
         """The program has read something, and has sent nothing since. The kernel's clock for that has ticks of 1 to
         10 ms (CONFIG_HZ); within one tick, an answer is believed. One that has shut down for writing answers nothing
@@ -83,6 +81,9 @@ class TcpEndpoint:
             return None
         owes = info.last_data_recv_ms < info.last_data_sent_ms or not info.data_segments_out
         return "what the peer said last is not answered" if owes and info.data_segments_in else None
+
+    def needs(self, sock: socket.socket) -> list[str]:
+        return [Refusal.USEC_TIMESTAMPS] if tcpinfo.read(sock).options & tcp.OPT_USEC_TS else []
 
     def has_gap(self, sock: socket.socket) -> bool:
         return tcpinfo.has_gap(sock)

@@ -50,7 +50,7 @@ class UdpRestoration:
         self._restorer(sock).run(dormant_steps(self.state, fresh))
 
     def open(self, sock: socket.socket, elapsed_ms: int) -> None:
-        self._restorer(sock).run(opening_steps())
+        self._restorer(sock).run(opening_steps(self.state))
 
     def activate(self, sock: socket.socket) -> None:
         self._restorer(sock).run(activation_steps(self.state))
@@ -66,15 +66,12 @@ class UdpEndpoint:
     def why_gone(self, sock: socket.socket) -> str | None:
         return None if datagrams.is_connected(sock) else "is not connected any more"
 
-    def why_unfit(self, sock: socket.socket) -> str | None:
-        if datagrams.has_error(sock):
-            return "an error waits at the socket, which cannot be carried"
-        return "a datagram was begun and not finished (UDP_CORK, MSG_MORE), which cannot be carried" \
-            if datagrams.has_corked(sock) else None
-
     def unanswered(self, sock: socket.socket) -> str | None:
         """The kernel does not note when a program spoke last. Nor need one datagram be the answer to another."""
         return None
+
+    def needs(self, sock: socket.socket) -> list[str]:
+        return []
 
     def has_gap(self, sock: socket.socket) -> bool:
         """What is lost stays away."""

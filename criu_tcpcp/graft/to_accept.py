@@ -20,7 +20,7 @@ import time
 from ..core.endpoint import Endpoint, Flow
 from ..core.errors import Refused
 from ..core.tcp import TcpState
-from ..kernel import process, routing, sockdiag, tcpinfo
+from ..kernel import iouring, process, routing, sockdiag, tcpinfo
 from ..kernel.sockdiag import Listener
 from . import Ground, Vessel, in_place
 from .in_place import IntoProgram, ProgramSocket, named
@@ -291,7 +291,7 @@ def listens(port: int) -> bool:
 
 def _check(pid: int) -> None:
     in_place.check_program(pid)
-    if process.accepts_by_io_uring(pid):
+    if any(ring.accepts for ring in iouring.of(pid)):
         raise Refused(f"{named(pid)} accepts by io_uring, where its wait for the connection cannot be stopped",
                       hint="--into receiver[:PATH], or a server without io_uring")
 

@@ -128,11 +128,14 @@ def is_32_bit(pid: int) -> bool:
         return False
 
 
-def accepts_by_io_uring(pid: int) -> bool:
-    """An accept of this process waits in an io_uring, where no stop of its threads reaches it
-    (io_uring/fdinfo.c, io_uring_show_fdinfo; IORING_OP_ACCEPT is 13)."""
-    rings = [number for number, link in descriptors(pid).items() if link == "anon_inode:[io_uring]"]
-    return any(line.split(",")[0].strip() == "op=13" for number in rings for line in descriptor_lines(pid, number))
+def thread_name(pid: int, tid: str) -> str:
+    """As the thread is called; '' of one that has ended."""
+    return next(iter(_lines(f"/proc/{pid}/task/{tid}/comm")), "")
+
+
+def sleeps_in(pid: int, tid: str) -> str:
+    """The kernel's function in which the thread waits; '0' while it runs, or where that is not told."""
+    return next(iter(_lines(f"/proc/{pid}/task/{tid}/wchan")), "")
 
 
 def listens_on_unix(pid: int) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from ..core import tcp
 from ..core.errors import KernelError, Refused
 from ..core.options import OptionValue
+from ..core.refusals import Refusal
 from ..core.restoreplan import (
     AllowAnyReuse,
     BeTransparent,
@@ -104,6 +105,13 @@ def send_window_probe(sock: socket.socket) -> None:
         pass
 
 
+def has_usec_timestamps() -> bool:
+    """This kernel can count timestamps in microseconds, as an odd clock tells it to (Linux 6.7, 614e8316aa4c)."""
+    with failing("socket"), socket.socket() as sock, in_repair(sock):
+        _set(sock, "TCP_TIMESTAMP", TCP_TIMESTAMP, 1)
+        return bool(tcpinfo.read(sock).options & tcp.OPT_USEC_TS)
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 def sequences(sock: socket.socket) -> tuple[int, int]:
@@ -163,6 +171,7 @@ def read_state(sock: socket.socket, options: dict[str, OptionValue], nonblocking
             timestamp = _get(sock, "TCP_TIMESTAMP", TCP_TIMESTAMP)
             if last_tsval is not None and tcp.distance(last_tsval, timestamp) > 0:
                 timestamp = last_tsval
+            timestamp = timestamp & ~1 | bool(info.options & tcp.OPT_USEC_TS)
             window = _read_window(sock)
     finally:
         if peek_offset != -1 and isinstance(peek_offset, int):
@@ -247,6 +256,8 @@ class Restorer:
                 self._set_negotiated(step)
             case SetTimestamp(value):
                 _set(sock, "TCP_TIMESTAMP", TCP_TIMESTAMP, struct.pack("=I", value))
+                if value & 1 and not tcpinfo.read(sock).options & tcp.OPT_USEC_TS:
+                    raise Refused("this kernel has no microsecond timestamps", refusal=Refusal.USEC_TIMESTAMPS)
             case FillQueue(queue, data):
                 self._fill(_QUEUES[queue], data)
             case SetWindow(window):

@@ -27,26 +27,28 @@ _SOCK_DIAG_BY_FAMILY = 20
 _MSG_ERROR, _MSG_DONE = 2, 3
 _NO_COOKIE = 0xFFFFFFFF
 _MESSAGE_BYTES = 72  # struct inet_diag_msg
-_ATTR_INFO, _ATTR_SKV6ONLY, _ATTR_ULP_INFO = 2, 11, 21  # INET_DIAG_*
+_ATTR_INFO, _ATTR_SKV6ONLY, _ATTR_MD5SIG, _ATTR_ULP_INFO = 2, 11, 18, 19  # INET_DIAG_*
 _ULP_NAME = 1  # INET_ULP_INFO_NAME
 _INFO_OPTIONS = 5  # struct tcp_info, tcpi_options
 _HEAD = struct.Struct("=BB2xHH16s16sIQIIIII")  # struct inet_diag_msg; ports and addresses are the network's
 _INODE, _INODE_AT = struct.Struct("=I"), 68
 _ATTRIBUTE = struct.Struct("=HH")
 _MAPPED = bytes(10) + b"\xff\xff"  # of an IPv4 address in an IPv6 socket
-_UNOWNED = (1 << TcpState.TIME_WAIT) | (1 << TcpState.SYN_RECV) | (1 << TcpState.NEW_SYN_RECV)
+_UNOWNED = (1 << TcpState.TIME_WAIT) | (1 << TcpState.NEW_SYN_RECV)
 
 
 @dataclass(frozen=True)
 class Entry:
     """A connection's socket. `inode` is 0 while no program has it: it waits for accept, or its program has closed it.
-    `unread`, `unacknowledged`: bytes in its queues (the peer's FIN counts as one); `cookie` as of SO_COOKIE."""
+    `unread`, `unacknowledged`: bytes in its queues (the peer's FIN counts as one); `cookie` as of SO_COOKIE.
+    `is_signed`: it has keys for TCP-MD5, as far as one with CAP_NET_ADMIN asks."""
 
     state: TcpState
     inode: int
     unacknowledged: int
     cookie: int
     unread: int
+    is_signed: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Listener:
 class Known:
     """What the kernel tells of a program's socket. `state`: a UDP socket is ESTABLISHED or CLOSE. `flow`: None where it
     has no peer; `unread` bytes without the peer's FIN, `unacknowledged` without ours, both of UDP by their memory;
-    `options` as tcpi_options; `upper`: the protocol that runs inside the kernel on top of it, or ''."""
+    `options` as tcpi_options; `upper`: the protocol that runs inside the kernel on top of it, or ''; `is_signed`: it
+    has keys for TCP-MD5."""
 
     protocol: Protocol
     state: TcpState
@@ -96,6 +99,7 @@ class Known:
     unacknowledged: int
     options: int
     upper: str
+    is_signed: bool
 
 
 def known(wanted: Container[int]) -> dict[int, Known]:
@@ -116,20 +120,22 @@ def _known(protocol: Protocol, body: memoryview, addresses: dict[bytes, IPAddres
     """`addresses`: those that were made already; one of them is rarely alone."""
     (family, state, local_port, peer_port, local, peer, interface, cookie, _expires, unread, outgoing, _uid,
      inode) = _HEAD.unpack_from(body)
-    options, upper, position, end = 0, "", _MESSAGE_BYTES, len(body)
+    options, upper, is_signed, position, end = 0, "", False, _MESSAGE_BYTES, len(body)
     while position + _ATTRIBUTE.size <= end:  # as netlink.attributes, which is too slow for thousands
         length, kind = _ATTRIBUTE.unpack_from(body, position)
         if length < _ATTRIBUTE.size or position + length > end:
             break
         if kind == _ATTR_INFO:
             options = body[position + _ATTRIBUTE.size + _INFO_OPTIONS]
+        elif kind == _ATTR_MD5SIG:
+            is_signed = True
         elif kind & netlink.TYPE_MASK == _ATTR_ULP_INFO:
             upper = next((bytes(name).rstrip(b"\0").decode("ascii", "replace") for inner, name
                           in netlink.attributes(body[position + _ATTRIBUTE.size:position + length])
                           if inner == _ULP_NAME), "")
         position += (length + 3) & ~3
     if state == TcpState.LISTEN or not peer_port:
-        return Known(protocol, TcpState(state), inode, cookie, None, 0, 0, options, upper)
+        return Known(protocol, TcpState(state), inode, cookie, None, 0, 0, options, upper, is_signed)
     ends, mapped = [], False
     for packed, port in ((local, local_port), (peer, peer_port)):
         mapped = mapped or (family == socket.AF_INET6 and packed.startswith(_MAPPED))
@@ -142,7 +148,7 @@ def _known(protocol: Protocol, body: memoryview, addresses: dict[bytes, IPAddres
     has_fin = state in tcp.FIN_RECEIVED_STATES and unread > 0
     has_sent_fin = state in tcp.FIN_QUEUED_STATES and outgoing > 0
     return Known(protocol, TcpState(state), inode, cookie, Flow(ends[0], ends[1], mapped, scope, protocol),
-                 unread - has_fin, outgoing - has_sent_fin, options, upper)
+                 unread - has_fin, outgoing - has_sent_fin, options, upper, is_signed)
 
 
 def state_of(flow: Flow) -> TcpState | None:
@@ -158,7 +164,8 @@ def entry_of(flow: Flow) -> Entry | None:
     # Of UDP the two ends stand the other way round (net/ipv4/udp_diag.c, udp_dump_one).
     ends = (flow.local, flow.peer) if flow.protocol is Protocol.TCP else (flow.peer, flow.local)
     identity = struct.pack(">HH", *(end.port for end in ends)) + b"".join(map(_address, ends))
-    request = (struct.pack("=BBBBI", family, flow.protocol, 0, 0, 0xFFFFFFFF) + identity
+    # The keys are told only to who asks for struct tcp_info (net/ipv4/inet_diag.c, inet_sk_diag_fill).
+    request = (struct.pack("=BBBBI", family, flow.protocol, 1 << (_ATTR_INFO - 1), 0, 0xFFFFFFFF) + identity
                + struct.pack("=III", flow.scope_id, _NO_COOKIE, _NO_COOKIE))
     for body in _ask(request, 0):
         state = TcpState(body[1])
@@ -166,7 +173,10 @@ def entry_of(flow: Flow) -> Entry | None:
             return None
         cookie, = struct.unpack_from("=Q", body, 44)
         unread, outgoing, _uid, inode = struct.unpack_from("=IIII", body, 56)
-        return None if state is TcpState.LISTEN else Entry(state, inode, outgoing, cookie, unread)
+        if state is TcpState.LISTEN:
+            return None
+        is_signed = any(kind == _ATTR_MD5SIG for kind, _value in netlink.attributes(body[_MESSAGE_BYTES:]))
+        return Entry(state, inode, outgoing, cookie, unread, is_signed)
     return None
 
 

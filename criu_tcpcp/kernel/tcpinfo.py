@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
+import functools
 import select
 import socket
 import struct
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from ..core.endpoint import Flow
 from ..core.errors import KernelError
 from ..core.tcp import TcpState
-from .syscalls import failing
+from .syscalls import failing, libc
 
 SIOCINQ = termios.FIONREAD
 SIOCOUTQ = termios.TIOCOUTQ
@@ -21,6 +24,7 @@ _SO_COOKIE, _SO_MEMINFO = 57, 55
 _SK_MEMINFO_RMEM_ALLOC, _SK_MEMINFO_WMEM_ALLOC = 0, 2  # linux/sock_diag.h
 
 _SO_PEEK_OFF = 42
+_TCP_AO_INFO, _TCP_AO_INFO_BYTES = 40, 64  # linux/tcp.h, struct tcp_ao_info_opt
 
 _HEAD = struct.Struct("=8B24I")
 _DATA_SEGMENTS = struct.Struct("=48x2I")  # behind it: tcpi_data_segs_in, _out (Linux 4.6)
@@ -143,6 +147,24 @@ def _polls(sock: socket.socket, event: int) -> bool:
     poller = select.poll()
     poller.register(sock, event)
     return any(found & event for _number, found in poller.poll(0))
+
+
+def is_authenticated(sock: socket.socket) -> bool:
+    """The connection has keys for TCP-AO (Linux 6.7)."""
+    return _knows_ao() and _ask_about_ao(sock) != errno.ENOENT
+
+
+@functools.cache
+def _knows_ao() -> bool:
+    with failing("socket"), socket.socket() as sock:
+        return _ask_about_ao(sock) not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+
+
+def _ask_about_ao(sock: socket.socket) -> int:
+    """The kernel's errno for it: ENOENT of a connection without keys, 0 of one with some."""
+    answer, size = ctypes.create_string_buffer(_TCP_AO_INFO_BYTES), ctypes.c_uint32(_TCP_AO_INFO_BYTES)
+    failed = libc.getsockopt(sock.fileno(), socket.IPPROTO_TCP, _TCP_AO_INFO, answer, ctypes.byref(size))
+    return ctypes.get_errno() if failed else 0
 
 
 def flow_of(sock: socket.socket) -> Flow:

@@ -8,22 +8,22 @@ recovered does by signals: the process is in state T then, from `pin`.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import socket
 import time
 
-from .. import apps, endpoints
+from .. import apps, endpoints, obstacles
 from ..core.endpoint import Flow, Protocol
 from ..core.errors import KernelError, LinkError, Refused
-from ..core.options import OptionValue
+from ..core.options import VARYING, OptionValue
 from ..inventory import Connection
-from ..kernel import process, sockopt, syscalls, tcpinfo
+from ..kernel import iouring, process, sockopt, syscalls, tcpinfo
 from ..kernel.tracee import Tracee
 
 _QUIESCE_TIMEOUT_S = 5.0
 _TRY_PAUSE_S = 0.001  # between two looks for a quiet instant
-_VARYING = frozenset({"SO_RCVBUF", "SO_SNDBUF"})  # tuned by the kernel all the time
 
 
 class OriginProcess:
@@ -36,7 +36,8 @@ class OriginProcess:
         self.sock: socket.socket | None = None
         self.options: dict[str, OptionValue] = {}
         self._connection = connection
-        self._endpoint = endpoints.of(connection.flow.protocol if connection.flow is not None else Protocol.TCP)
+        self._protocol = connection.flow.protocol if connection.flow is not None else Protocol.TCP
+        self._endpoint = endpoints.of(self._protocol)
         self._recovered = recovered
         alive = process.is_alive(self.identity)
         if namespace is None:  # where that has gone, a recovery works in this one
@@ -44,6 +45,7 @@ class OriginProcess:
                          else os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         self.namespace = namespace
         self._pidfd = syscalls.pidfd_open(connection.pid) if alive else -1
+        self._rings: tuple[int, ...] = ()
         self._tracee: Tracee | None = None
         self._application: apps.Conversation | None = None
 
@@ -63,14 +65,21 @@ class OriginProcess:
 
     def read_options(self) -> None:
         self.options = sockopt.read_all(self.need_socket())
+        self._rings = iouring.descriptors(process.descriptors(self.identity.pid))
 
     def refuse_changes(self) -> None:
         """Refused where the program has set an option since they were read."""
         changed = {name for name, value in sockopt.read_all(self.need_socket()).items()
-                   if value != self.options.get(name)} - _VARYING
+                   if value != self.options.get(name)} - VARYING
         if changed:
             raise Refused(f"the program has just changed {', '.join(sorted(changed))} on the socket",
                           hint="try again")
+
+    @property
+    def is_signalled(self) -> bool:
+        """A process of this host is told of what happens at the descriptor, by a signal."""
+        with syscalls.failing("fcntl(F_GETFL)"):
+            return bool(fcntl.fcntl(self.need_socket().fileno(), fcntl.F_GETFL) & os.O_ASYNC)
 
     @property
     def is_nonblocking(self) -> bool:
@@ -170,9 +179,10 @@ class OriginProcess:
                               hint="--when idle:MS waits longer, --when now takes any instant")
             time.sleep(_TRY_PAUSE_S)
         self._borrow().close()  # nothing became something else before the stop
-        why_unfit = self._endpoint.why_unfit(self.need_socket())
-        if why_unfit is not None:
-            raise Refused(why_unfit)
+        obstacle = obstacles.INSIDE[self._protocol](self.need_socket()) or obstacles.in_rings(
+            iouring.read(self.identity.pid, self._rings), self._connection.inode)
+        if obstacle is not None:  # it has come since staging
+            raise obstacle.refused("the connection")
 
     def _let_the_peer_fill_gaps(self, deadline: float) -> None:
         """What arrived behind a segment that was lost cannot be read. The peer sends it again, but it knows by SACK

@@ -51,6 +51,7 @@ from ..core.messages import (
     Staged,
 )
 from ..core.messages import Refused as RefusedMessage
+from ..core.refusals import Refusal
 from ..executor import GaveUp, event_of
 from ..holding import Holding
 from ..inventory import Connection
@@ -78,7 +79,8 @@ _URGENT = frozenset({OriginState.PREPARING, OriginState.PREPARED, OriginState.OF
 @dataclass(frozen=True)
 class Options:
     """What a pass was asked for. `idle_ms`: how long to look for a quiet instant; None takes any (`--when now`).
-    `tls_anyway`: pass what looks like TLS to a program that cannot have its keys, too.
+    `tls_anyway`: pass what looks like TLS to a program that cannot have its keys, too; `ecn_anyway`: pass without ECN
+    what negotiated it.
     `settle_s`: how long to ask the destination again before a pass is left in doubt. `doubt_limit_s`: how long after
     the offer the process may stand still in doubt; then it runs again without the connection."""
 
@@ -90,9 +92,15 @@ class Options:
     app_state: bytes = field(default=b"", repr=False)
     prologue: bytes | None = field(default=None, repr=False)
     tls_anyway: bool = False
+    ecn_anyway: bool = False
     origin_sees: str = "reset"
     settle_s: float = 10.0
     doubt_limit_s: float = 5.0
+
+    @property
+    def allowing(self) -> frozenset[Refusal]:
+        """What is passed all the same."""
+        return frozenset({Refusal.ECN}) if self.ecn_anyway else frozenset()
 
 
 class Origin:
@@ -129,6 +137,7 @@ class Origin:
         self._settle_until: float | None = None
         self._recovered = identity is not None
         self.last_reason = ""
+        self.notes: list[str] = []
 
     # -- staging: everything slow, nothing stopped ---------------------------------------------------------------------
 
@@ -146,16 +155,17 @@ class Origin:
         wire.send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
                         self.options.redirect.partition(":")[0], entry,
                         self.options.max_stall_ms, self.options.prologue is not None, self.options.prologue or b"",
-                        self.options.idle_ms or 0))
+                        self.options.idle_ms or 0, endpoints.of(self.flow.protocol).needs(sock)))
         self._stage_here()  # while the destination does the same
         answer = wire.receive(_STAGE_TIMEOUT_S)
         if isinstance(answer, RefusedMessage):
-            raise Refused(answer.reason, hint=answer.hint)
+            raise Refused(answer.reason, hint=answer.hint, refusal=answer.refusal)
         if not isinstance(answer, Staged) or answer.pass_id != self.journal.pass_id:
             raise ProtocolError("the destination answered out of turn")
         self.staged = answer
         self._refuse_tls(endpoints.of(self.flow.protocol).first_unread(sock, _PEEK))
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
+        self._refuse_minimal_ttl(self.plan)
         if self.plan.tunnel is not None:
             self.plan = self._dig(self.plan, self.plan.tunnel)
         self._redirect = redirect.origin_half(self.plan, self._setting())
@@ -201,6 +211,8 @@ class Origin:
     def _take(self) -> socket.socket:
         sock = self.program.take()
         self.program.read_options()
+        if self.program.is_signalled:
+            self.notes.append("the signals of its descriptor (O_ASYNC) were not carried: they are of a process here")
         return sock
 
     def _taker_knows(self) -> bool:
@@ -223,6 +235,16 @@ class Origin:
         self.holding = Holding(self.flow)
         self._extraction = extraction_of(self.program, self.flow, self._connection.inode)
         self.program.ask_whether_registered()
+
+    def _refuse_minimal_ttl(self, plan: redirect.Plan) -> None:
+        """Refused where the program asks for a peer that is near: what this host sends on is one hop further away
+        (net/ipv4/netfilter/nf_dup_ipv4.c), and a peer on the link (RFC 5082: 255) would not be heard again."""
+        name = "IP_MINTTL" if self.flow.ip_version == 4 else "IPV6_MINHOPCOUNT"
+        sends_on = plan.strategy == "forward" or not self._need(self.staged).address_is_local
+        if sends_on and self.program.options.get(name):
+            raise Refused(f"the program takes no packet that came from further away ({name}), and this host would send "
+                          "them on", refusal=Refusal.MINIMAL_TTL,
+                          hint="give the destination the address first, or unset it")
 
     def _via(self) -> IPAddress:
         takes_at = self.staged.takes_at if self.staged is not None else ""

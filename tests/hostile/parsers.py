@@ -63,7 +63,8 @@ from .mutation import NUMBERS, bent_bytes, bent_some, bent_text, bent_value, cut
 ID = "0123456789abcdef"
 MODULUS = 1 << 32
 OPTIONS = {"SO_SNDBUF": 87040, "SO_RCVBUF": 131072, "SO_RCVTIMEO": (1, 500000), "SO_SNDTIMEO": (0, 0),
-           "SO_BINDTODEVICE": "", "SO_LINGER": (1, 5), "SO_MARK": 7, "TCP_NODELAY": 1, "TCP_CONGESTION": "cubic"}
+           "SO_BINDTODEVICE": "", "SO_ATTACH_FILTER": "", "SO_LINGER": (1, 5), "SO_MARK": 7, "TCP_NODELAY": 1,
+           "TCP_CONGESTION": "cubic"}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.root
 
 PATIENCE_S = 60
 OPTIONS = {"SO_SNDBUF": 87040, "SO_RCVBUF": 131072, "SO_RCVTIMEO": (0, 0), "SO_SNDTIMEO": (0, 0),
-           "SO_BINDTODEVICE": "", "SO_LINGER": (0, 0)}
+           "SO_BINDTODEVICE": "", "SO_ATTACH_FILTER": "", "SO_LINGER": (0, 0)}
 UNKNOWN = "the destination does not have it"
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from criu_tcpcp import inventory
 from criu_tcpcp.core.errors import Refused
+from criu_tcpcp.core.refusals import Refusal
 from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.inventory import Connection
 from criu_tcpcp.kernel import netns, tcpinfo
@@ -54,10 +55,14 @@ SERVER = f"""if True:
         print(json.dumps({{"pid": os.getpid(), "child": child, "fds": descriptors}}), flush=True)
     sys.stdin.read()
 """
-WHY_NOT = {"plain": None, "v6": None, "dup": None, "half": None, "shared": "is shared with process {child}",
-           "zerocopy": "uses MSG_ZEROCOPY", "urgent": "has urgent data waiting", "ended": None,
-           "loopback": "is a loopback connection", "itself": "is on the origin host itself",
-           "listening": "is a listening socket"}
+WHY_NOT = {"plain": None, "v6": None, "dup": None, "half": None,
+           "shared": (Refusal.SHARED, "is shared with process {child}"),
+           "zerocopy": (Refusal.ZEROCOPY, "uses MSG_ZEROCOPY"),
+           "urgent": (Refusal.URGENT_DATA, "has urgent data waiting"),
+           "ended": None,
+           "loopback": (Refusal.LOOPBACK, "is a loopback connection"),
+           "itself": (Refusal.LOCAL_PEER, "is on the origin host itself"),
+           "listening": (Refusal.LISTENING, "is a listening socket")}
 
 
 @dataclass
@@ -116,9 +121,12 @@ def test_every_connection_with_its_descriptors_queues_sharing_and_whether_it_can
             one = listed[descriptors]
             wanted = WHY_NOT[name]
             if wanted is None:
-                assert one.why_not is None, (name, one)
+                assert one.obstacle is None, (name, one)
             else:
-                assert wanted.format(child=server.child) in str(one.why_not), (name, one)
+                refusal, words = wanted
+                assert one.obstacle is not None, (name, one)
+                assert one.obstacle.refusal == refusal
+                assert words.format(child=server.child) in one.obstacle.what, (name, one)
             assert one.shared_with == ((server.child,) if name == "shared" else ()), name
             assert agrees(one, descriptors[-1]), name
         ended = listed[server.descriptors["ended"]]
@@ -138,5 +146,7 @@ def agrees(one: Connection, descriptor: int) -> bool:
         with netns.enter(f"/proc/{one.pid}/ns/net"):
             inventory.refuse_local_peer(found)
     except Refused as error:
-        return one.why_not is not None and error.message.endswith(one.why_not) and error.hint == one.hint
+        obstacle = one.obstacle
+        return (obstacle is not None and error.message.endswith(obstacle.what) and error.hint == obstacle.hint
+                and error.refusal == obstacle.refusal)
     return found == one

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import itertools
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -16,7 +19,7 @@ from criu_tcpcp.core import tcp
 from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.core.errors import KernelError
 from criu_tcpcp.core.options import BY_NAME, TABLE, Form, OptionValue, applying
-from criu_tcpcp.core.restoreplan import activation_steps
+from criu_tcpcp.core.restoreplan import activation_steps, clock_steps
 from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.kernel import repair, sockopt, tcpinfo
 from criu_tcpcp.kernel.rawpacket import Injector, Sniffer
@@ -99,7 +102,52 @@ def test_the_clock_does_not_fall_behind_what_a_paced_sender_put_on_its_last_segm
         assert clock is not None
         assert tcp.distance(stamps[0], clock) > 0, "the kernel does not stamp ahead: this test shows nothing"
         state = repair.read_state(moving, options, True, recent, stamps[0])
-        assert state.timestamp == stamps[0]
+        assert state.timestamp == stamps[0] & ~1  # the last bit says in what unit it counts
+
+
+def count_in_microseconds(on: bool) -> None:
+    """As `ip route change ... features tcp_usec_ts` (linux/rtnetlink.h, RTAX_FEATURE_TCP_USEC_TS: 16)."""
+    from pyroute2 import IPRoute
+    with IPRoute() as route:
+        route.route("replace", dst="127.0.0.1", dst_len=32, type="local", table=255, oif=1, scope=254,
+                    prefsrc="127.0.0.1", metrics={"features": 16 * on})
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["plain route there", "same route there"])
+def test_a_clock_of_microseconds_goes_on(there: bool, injector: Injector,
+                                         capability: Callable[[str, bool], None]) -> None:
+    """Whatever the route at the destination says, which connect asks."""
+    capability("microsecond timestamps", repair.has_usec_timestamps())
+    count_in_microseconds(True)
+    moving, peer = pair("v4")
+    flow = tcpinfo.flow_of(moving)
+    assert tcpinfo.read(moving).options & tcp.OPT_USEC_TS
+    tap = Tap(flow)
+    with deaf(flow):
+        state = read(moving, injector)
+        assert state.timestamp is not None
+        assert state.timestamp % 2 == 1
+        repair.end_silently(moving)
+        moving.close()
+        count_in_microseconds(there)
+        fresh, restorer = restore(state, injector)
+        restorer.run([*clock_steps(state, 20), *activation_steps(state)])
+    assert tcpinfo.read(fresh).options & tcp.OPT_USEC_TS
+    began = time.monotonic()
+    for _ in range(5):
+        fresh.sendall(b"x")
+        assert peer.recv(1) == b"x"
+        peer.sendall(b"y")
+        assert fresh.recv(1) == b"y"
+    took_us = (time.monotonic() - began) * 1e6
+    until(lambda: not tcpinfo.unacknowledged_bytes(peer), "the last acknowledgement")
+    values = [one.stamps[0] for one in tap.take() if one.stamps]
+    assert all(tcp.distance(later, sooner) >= 0 for sooner, later in itertools.pairwise(values))
+    assert all(tcp.distance(one, state.timestamp) >= 20_000 for one in values[-5:])
+    assert tcpinfo.read(fresh).rtt_us < max(took_us, 1000) + 1000, "an echo was taken for one of another unit"
+    fresh.close()
+    peer.close()
+    tap.close()
 
 
 @pytest.mark.parametrize("stamps", [True, False], ids=["timestamps", "bare"])
@@ -411,25 +459,44 @@ UNUSUAL: dict[str, OptionValue] = {
     "SO_BINDTODEVICE": "lo", "IP_FREEBIND": 1, "SO_MARK": 7, "SO_PRIORITY": 5, "SO_DONTROUTE": 1, "SO_RCVLOWAT": 3,
     "SO_RCVTIMEO": (3, 500000), "SO_SNDTIMEO": (4, 0), "SO_LINGER": (1, 9), "SO_OOBINLINE": 1, "SO_KEEPALIVE": 1,
     "TCP_KEEPIDLE": 111, "TCP_KEEPINTVL": 22, "TCP_KEEPCNT": 3, "SO_REUSEPORT": 1, "SO_TIMESTAMP": 1,
-    "SO_TIMESTAMPNS": 1, "SO_MAX_PACING_RATE": 123456789, "TCP_CONGESTION": "reno", "TCP_NODELAY": 1, "TCP_CORK": 1,
+    "SO_TIMESTAMPNS": 1, "SO_MAX_PACING_RATE": 12345678901, "TCP_CONGESTION": "reno", "TCP_NODELAY": 1, "TCP_CORK": 1,
     "TCP_SYNCNT": 3, "TCP_LINGER2": 17, "TCP_THIN_LINEAR_TIMEOUTS": 1, "TCP_USER_TIMEOUT": 12345,
     "TCP_NOTSENT_LOWAT": 16384, "IP_TOS": 0x28, "IP_TTL": 33, "IP_MTU_DISCOVER": 3, "IP_PKTINFO": 1, "IP_RECVTTL": 1,
     "IP_RECVTOS": 1, "IPV6_UNICAST_HOPS": 44, "IPV6_TCLASS": 0x28, "IPV6_MTU_DISCOVER": 3, "IPV6_RECVPKTINFO": 1,
-    "SO_PEEK_OFF": 4, "SO_SNDBUF": 100000, "SO_RCVBUF": 120000, "SO_BUF_LOCK": 3, "SO_REUSEADDR": 1}
+    "SO_PEEK_OFF": 4, "SO_SNDBUF": 100000, "SO_RCVBUF": 120000, "SO_BUF_LOCK": 3, "SO_REUSEADDR": 1,
+    "SO_DEBUG": 1, "SO_BROADCAST": 1, "SO_NO_CHECK": 1, "SO_PASSCRED": 1, "SO_PASSSEC": 1, "SO_TIMESTAMPING": (0x98, 0),
+    "SO_TIMESTAMP_NEW": 1, "SO_TIMESTAMPNS_NEW": 1, "SO_TIMESTAMPING_NEW": (0x98, 0), "SO_TXTIME": (1, 1),
+    "SO_SELECT_ERR_QUEUE": 1, "SO_BUSY_POLL": 50, "SO_PREFER_BUSY_POLL": 1, "SO_TXREHASH": 0, "SO_RESERVE_MEM": 8192,
+    "SO_ATTACH_FILTER": "b100000000000000" "06000000ffff0000", "SO_LOCK_FILTER": 1, "TCP_INQ": 1, "TCP_TX_DELAY": 700,
+    "TCP_RTO_MAX_MS": 50000, "TCP_RTO_MIN_US": 100000, "TCP_DELACK_MAX_US": 100000, "TCP_WINDOW_CLAMP": 40000,
+    "TCP_QUICKACK": 0, "IP_OPTIONS": "01010100", "IP_RECVERR": 1, "IP_MINTTL": 3, "IP_BIND_ADDRESS_NO_PORT": 1,
+    "IPV6_RECVERR": 1, "IPV6_MINHOPCOUNT": 3, "IPV6_AUTOFLOWLABEL": 0, "IPV6_RECVHOPLIMIT": 1, "IPV6_RECVTCLASS": 1,
+    "IPV6_FLOWINFO": 1, "IPV6_2292PKTINFO": 1, "IPV6_2292HOPLIMIT": 1}
+
+
+#: Of a socket that is bound already it cannot be set.
+SET_EARLY = {"IPV6_V6ONLY"}
 
 
 def test_every_option_has_an_unusual_value_here() -> None:
-    assert set(UNUSUAL) == {option.name for option in TABLE}
+    assert set(UNUSUAL) | SET_EARLY == {option.name for option in TABLE}
 
 
 def set_plainly(sock: socket.socket, name: str, value: OptionValue) -> None:
     """As a program would: by setsockopt, knowing nothing of the table but the number."""
     option = BY_NAME[name]
-    if isinstance(value, str):
-        sock.setsockopt(option.level, option.number, value.encode())
+    if option.form is Form.FILTER and isinstance(value, str):
+        program = ctypes.create_string_buffer(bytes.fromhex(value))
+        sock.setsockopt(option.level, option.number,
+                        struct.pack("@HP", len(value) // 16, ctypes.addressof(program)))
+    elif isinstance(value, str):
+        packed = bytes.fromhex(value) if option.form is Form.BYTES else value.encode()
+        sock.setsockopt(option.level, option.number, packed)
     elif isinstance(value, tuple):
         packed = struct.pack("=qq" if option.form is Form.TIMEVAL else "=ii", *value)
         sock.setsockopt(option.level, option.number, packed)
+    elif option.form is Form.LONG:
+        sock.setsockopt(option.level, option.number, struct.pack("=Q", value))
     else:
         sock.setsockopt(option.level, option.number, value // 2 if name in ("SO_SNDBUF", "SO_RCVBUF") else value)
 
@@ -444,20 +511,50 @@ def test_an_option_comes_back(family: str, name: str, injector: Injector,
         peer.close()
         return
     usual = sockopt.read_all(moving)
-    capability(name, name in usual)
-    set_plainly(moving, name, UNUSUAL[name])
-    assert sockopt.read(moving, BY_NAME[name]) == UNUSUAL[name]
-    if name not in ("TCP_NODELAY", "SO_PEEK_OFF"):
-        assert usual[name] != UNUSUAL[name], "not unusual"
+    with moving, peer:
+        capability(name, name in usual)
+        try:
+            set_plainly(moving, name, UNUSUAL[name])
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            capability(name, False)
+        assert sockopt.read(moving, BY_NAME[name]) == UNUSUAL[name]
+        if name not in ("TCP_NODELAY", "TCP_QUICKACK"):
+            assert usual[name] != UNUSUAL[name], "not unusual"
+        with deaf(tcpinfo.flow_of(moving)):
+            state = read(moving, injector)
+            wanted = dict(state.options)
+            repair.end_silently(moving)
+            moving.close()
+            fresh, restorer = restore(state, injector)
+            restorer.run(alive_steps(state))
+        with fresh:
+            assert restorer.reports == []
+            assert sockopt.read_all(fresh) == wanted
+
+
+def set_default_of_new_sockets(only_ipv6: bool) -> None:
+    with open("/proc/sys/net/ipv6/bindv6only", "w") as file:
+        file.write(str(int(only_ipv6)))
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["there usual", "there only v6"])
+@pytest.mark.parametrize("here", [False, True], ids=["here usual", "here only v6"])
+@pytest.mark.parametrize("family", ["v6", "mapped"])
+def test_a_host_may_have_another_idea_of_v6only(family: str, here: bool, there: bool, injector: Injector) -> None:
+    """Where it is the default, no socket could be bound to a v4-mapped address."""
+    set_default_of_new_sockets(here)
+    moving, peer = pair(family)
+    set_default_of_new_sockets(there)
     with deaf(tcpinfo.flow_of(moving)):
         state = read(moving, injector)
-        wanted = dict(state.options)
+        assert state.options["IPV6_V6ONLY"] == (family == "v6")  # a bind to one address makes it so
         repair.end_silently(moving)
         moving.close()
         fresh, restorer = restore(state, injector)
         restorer.run(alive_steps(state))
-    assert restorer.reports == []
-    assert sockopt.read_all(fresh) == wanted
+    assert sockopt.read_all(fresh) == state.options
     fresh.close()
     peer.close()
 

@@ -22,6 +22,7 @@ from criu_tcpcp.kernel import datagrams, netns, sockdiag, sockopt
 from criu_tcpcp.kernel.nfqueue import ACCEPT, PacketQueue
 from criu_tcpcp.kernel.rawpacket import Injector
 from criu_tcpcp.kernel.rules import MARK, Hold, host_rules
+from criu_tcpcp.obstacles import inside_datagrams
 from waiting import until
 
 pytestmark = pytest.mark.root
@@ -190,26 +191,25 @@ def test_what_the_kernel_has_put_together_is_read_as_it_was_sent() -> None:
 
 def test_a_datagram_that_was_begun_and_an_error_that_waits_are_seen() -> None:
     moving, peer, _flow = pair("v4")
-    endpoint = endpoints.of(Flow.of_socket(moving).protocol)
-    assert endpoint.why_unfit(moving) is None
+    assert inside_datagrams(moving) is None
     moving.send(b"begun", socket.MSG_MORE)
-    assert "MSG_MORE" in str(endpoint.why_unfit(moving))
+    assert "MSG_MORE" in str(inside_datagrams(moving))
     moving.send(b"finished")
-    assert endpoint.why_unfit(moving) is None
+    assert inside_datagrams(moving) is None
     assert queued(peer) == [b"begunfinished"]
     moving.setsockopt(socket.IPPROTO_UDP, 1, 1)  # UDP_CORK
-    assert endpoint.why_unfit(moving) is None, "nothing was begun yet"
+    assert inside_datagrams(moving) is None, "nothing was begun yet"
     moving.send(b"begun")
-    assert "UDP_CORK" in str(endpoint.why_unfit(moving))
+    assert "UDP_CORK" in str(inside_datagrams(moving))
     moving.setsockopt(socket.IPPROTO_UDP, 1, 0)
     peer.close()
     moving.send(b"to nobody")
-    assert "error" in str(endpoint.why_unfit(moving))
+    assert "error" in str(inside_datagrams(moving))
     with pytest.raises(Refused, match="error"):
         read(moving)
     with pytest.raises(ConnectionRefusedError):
         moving.recv(1)
-    assert endpoint.why_unfit(moving) is None
+    assert inside_datagrams(moving) is None
     moving.close()
 
 

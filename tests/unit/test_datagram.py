@@ -62,7 +62,9 @@ def test_a_dormant_socket_is_deaf_but_for_the_datagrams_that_waited() -> None:
     assert kinds.index(Deafen) < kinds.index(Bind) < kinds.index(Connect) < kinds.index(Hear) < kinds.index(Deliver)
     assert kinds[-1] is Deafen
     assert [step.datagram for step in steps if isinstance(step, Deliver)] == list(state.datagrams)
-    assert opening_steps() == [Hear()]
+    assert opening_steps(state) == [Hear()]
+    filtered = replace(state, options={**state.options, "SO_ATTACH_FILTER": "06000000ffffffff"})
+    assert opening_steps(filtered) == [Hear(), SetOption("SO_ATTACH_FILTER", "06000000ffffffff")]
     assert all(isinstance(step, SetOption) for step in activation_steps(state))
     assert "x" * 10 not in repr(steps)
 

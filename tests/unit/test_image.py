@@ -23,8 +23,8 @@ from criu_tcpcp.core.tcp import TcpState
 from states import FLOWS, plain, states
 
 OPTIONS = {"SO_SNDBUF": 87040, "SO_RCVBUF": 131072, "SO_RCVTIMEO": (1, 500000), "SO_SNDTIMEO": (0, 0),
-           "SO_BINDTODEVICE": "", "SO_LINGER": (1, 5), "SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 77, "SO_REUSEADDR": 1,
-           "TCP_CONGESTION": "cubic", "TCP_NODELAY": 1, "IP_TTL": 33}
+           "SO_BINDTODEVICE": "", "SO_ATTACH_FILTER": "", "SO_LINGER": (1, 5), "SO_KEEPALIVE": 1,
+           "TCP_KEEPIDLE": 77, "SO_REUSEADDR": 1, "TCP_CONGESTION": "cubic", "TCP_NODELAY": 1, "IP_TTL": 33}
 CASES: dict[str, ConnectionState] = {
     "v4": plain(options=OPTIONS),
     "v6": plain(options=OPTIONS | {"IPV6_UNICAST_HOPS": 9}, flow=replace(FLOWS["v6"], scope_id=3), nonblocking=True),
@@ -85,7 +85,8 @@ def test_format_has_not_drifted(name: str) -> None:
 
 
 SWITCHES = ("SO_REUSEADDR", "SO_REUSEPORT", "SO_KEEPALIVE", "SO_DONTROUTE", "IP_FREEBIND", "SO_OOBINLINE",
-            "SO_BUF_LOCK", "SO_RCVLOWAT", "SO_SNDBUF", "SO_RCVBUF")  # never negative
+            "SO_BUF_LOCK", "SO_RCVLOWAT", "SO_SNDBUF", "SO_RCVBUF", "SO_BROADCAST", "SO_NO_CHECK", "SO_PASSCRED",
+            "SO_PASSSEC", "IPV6_V6ONLY")  # never negative
 
 
 @pytest.mark.parametrize("option", [row for row in TABLE if row.form is Form.INT], ids=lambda row: row.name)
@@ -100,6 +101,15 @@ def test_a_linger_time_without_end_survives() -> None:
     """SO_LINGER {1, -1} is kept by the kernel and told as it was."""
     state = replace(CASES["v4"], options=OPTIONS | {"SO_LINGER": (1, -1)})
     assert decode(encode(state)) == state
+
+
+def test_a_filter_is_in_crius_form() -> None:
+    """criu/sk-inet.c packs each instruction into a number: code, jt, jf, k from its highest digits down."""
+    state = replace(CASES["v4"], options=OPTIONS | {"SO_ATTACH_FILTER": "15000102c8000000" "06000000ffff0000"})
+    image = encode(state)
+    entry = criu.messages().inet_sk.FromString(image.inet_sk)
+    assert list(entry.opts.so_filter) == [0x0015_01_02_000000C8, 0x0006_00_00_0000FFFF]
+    assert decode(image) == state
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,7 +20,7 @@ from states import plain, states
 
 OWNER = Owner(42, "server", (7, 9))
 OPTIONS = {"SO_SNDBUF": 87040, "SO_RCVBUF": 131072, "SO_RCVTIMEO": (0, 0), "SO_SNDTIMEO": (0, 0),
-           "SO_BINDTODEVICE": "", "SO_LINGER": (0, 0)}
+           "SO_BINDTODEVICE": "", "SO_ATTACH_FILTER": "", "SO_LINGER": (0, 0)}
 STATE = plain(options=OPTIONS)
 GOOD = imageset.write(encode(STATE, 1234), 1234, OWNER, b"greeting", {"id": "x"})
 
