@@ -224,6 +224,7 @@ def test_a_restored_socket_has_the_queue_and_the_options_and_goes_on(kind: str) 
     moving.setsockopt(socket.SOL_SOCKET, 8, 3000)  # SO_RCVBUF: less than what waits
     moving.setsockopt(*((socket.IPPROTO_IPV6, 67) if kind == "v6" else (socket.IPPROTO_IP, socket.IP_TOS)), 0x10)
     moving.setsockopt(socket.IPPROTO_UDP, 103, 1000)
+    sockopt.write(moving, "SO_ATTACH_FILTER", "06000000ffffffff")  # takes everything
     state = read(moving)
     options = sockopt.read_all(moving)
     assert payloads(state) == mixed(kind)
