@@ -32,7 +32,7 @@ from types import TracebackType
 from typing import Self
 
 from . import apps
-from .core.endpoint import Endpoint, Flow
+from .core.endpoint import Endpoint, Flow, Protocol
 from .core.errors import ProtocolError, Refused, UsageError
 
 _log = logging.getLogger(__name__)
@@ -133,17 +133,24 @@ class _Dormant:
 
 class Receiver:
     """Takes connections that are passed to a local port (`port`) or to this very receiver (`path`, which the other side
-    names as `--into receiver:PATH`). A context manager and an iterator; iteration ends when it is closed."""
+    names as `--into receiver:PATH`), of one `protocol`, "tcp" or "udp". A context manager and an iterator; iteration
+    ends when it is closed."""
 
-    def __init__(self, port: int | None = None, *, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, port: int | None = None, *, path: str | os.PathLike[str] | None = None,
+                 protocol: str = "tcp") -> None:
         if (port is None) == (path is None):
             raise UsageError("a Receiver takes either port=... or path=...")
+        kinds = {one.label: one for one in Protocol}
+        if protocol not in kinds:
+            raise UsageError('a Receiver is of protocol="tcp" or "udp"')
+        self.protocol = kinds[protocol]
         self._ready: collections.deque[Passed] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
         self._signal_read, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            self._listener = _ReceiverListener(Path(path) if path is not None else apps.receiver_path(port or 0), self)
+            self._listener = _ReceiverListener(
+                Path(path) if path is not None else apps.receiver_path(port or 0, self.protocol), self)
         except BaseException:
             os.close(self._signal_read)
             os.close(self._signal_write)
@@ -214,16 +221,19 @@ class _ReceiverListener(_Listener):
                 os.close(descriptor)
         match packet.get("op"):
             case "ping":
-                conversation.send({"op": "pong"})
+                kind = self._receiver.protocol
+                conversation.send({"op": "pong", **({} if kind is Protocol.TCP else {"protocol": kind.label})})
             case "offer" if offered:
                 try:
-                    sock = apps.tcp_socket(descriptors[0])
+                    sock = apps.connection_socket(descriptors[0])
                 except apps.Gone:
                     os.close(descriptors[1])
                     raise
                 try:
                     state = apps.unwrap_state(descriptors[1])
                     flow = Flow.from_json(packet.get("flow"))
+                    if not flow.protocol.socket_type == sock.type == self._receiver.protocol.socket_type:
+                        raise ProtocolError(f"it takes {self._receiver.protocol.label} connections only")
                 except (ProtocolError, apps.Gone) as error:
                     sock.close()
                     raise apps.Gone(str(error)) from error
@@ -250,11 +260,19 @@ class _ReceiverListener(_Listener):
         for pass_id, dormant in list(self._dormant.items()):
             if dormant.conversation is not conversation:
                 continue
-            if dormant.sock.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR):
+            if _is_dormant(dormant.sock):
                 del self._dormant[pass_id]
                 dormant.sock.close()
             else:
                 dormant.conversation = None  # alive: a later serve will claim it
+
+
+def _is_dormant(sock: socket.socket) -> bool:
+    """In repair; a UDP socket, which has no such mode, is deaf."""
+    if sock.type == socket.SOCK_DGRAM:
+        from .kernel import datagrams
+        return datagrams.is_deaf(sock)
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR))
 
 
 @dataclass
@@ -355,5 +373,13 @@ class _RegistrationListener(_Listener):
         """The tool has gone without a word: the socket itself tells how it ended."""
         for registered in list(self._registered.values()):
             if registered.conversation is conversation:
-                state = registered.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[0]
-                self._settle(registered, state == _TCP_CLOSE)
+                self._settle(registered, _has_gone(registered.sock))
+
+
+def _has_gone(sock: socket.socket) -> bool:
+    """Its end of the connection was ended: closed, or, of UDP, connected to itself."""
+    if sock.type == socket.SOCK_DGRAM:
+        with contextlib.suppress(OSError):  # the application has disconnected it by itself
+            return bool(sock.getsockname() == sock.getpeername())
+        return True
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[0] == _TCP_CLOSE)

@@ -3,11 +3,12 @@
 Both halves are here: `serve` uses it to hand a connection to a `Receiver`, the keeper to quiesce a registered origin
 application. Descriptors travel as SCM_RIGHTS; an application's state, which may be large, as a sealed memfd beside
 them, so no payload ever has a name in the file system. A socket's file in RUN_DIR/apps is named after the
-application's process: `port-9000.PID.sock` (receiver), `process.PID.sock` (registered origin). Whoever connects is told
-apart by SO_PEERCRED: an application listens to root and to its own user, the tool trusts no name but checks the pid.
+application's process: `port-9000.PID.sock` (receiver; of UDP `udp-port-9000.PID.sock`), `process.PID.sock` (registered
+origin). Whoever connects is told apart by SO_PEERCRED: an application listens to root and to its own user, the tool
+trusts no name but checks the pid.
 
 To a receiver (serve -> application):
-    ping -> pong                              it is alive; asked before anything is stopped
+    ping -> pong [PROTOCOL]                   it is alive, and takes this (tcp); asked before anything is stopped
     offer ID + connection + state             dormant, in repair: kept, not used; no answer is awaited
     active ID                                 now it is the application's
     abort ID                                  close it: silent, since it is in repair
@@ -32,12 +33,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .core.endpoint import Protocol
 from .core.errors import Refused
 from .journal import applications_directory
 
 _PACKET_LIMIT = 1 << 16
 _STATE_LIMIT = 1 << 28
 _F_ADD_SEALS, _F_GET_SEALS, _F_SEAL_ALL = 1033, 1034, 0xF  # linux/fcntl.h
+
+_PREFIX = {Protocol.TCP: "port", Protocol.UDP: "udp-port"}
 
 Packet = dict[str, Any]
 
@@ -128,16 +132,16 @@ def unwrap_state(descriptor: int) -> bytes:
         os.close(descriptor)
 
 
-def tcp_socket(descriptor: int) -> socket.socket:
-    """What came as a descriptor, if it is a TCP socket; Gone for anything else, which is closed."""
+def connection_socket(descriptor: int) -> socket.socket:
+    """What came as a descriptor, if it is a TCP or UDP socket; Gone for anything else, which is closed."""
     try:
         sock = socket.socket(fileno=descriptor)
     except OSError:
         os.close(descriptor)
         raise Gone("not a socket") from None
-    if (sock.type, sock.proto) != (socket.SOCK_STREAM, socket.IPPROTO_TCP):
+    if (sock.proto, sock.type) not in [(protocol, protocol.socket_type) for protocol in Protocol]:
         sock.close()
-        raise Gone("not a TCP socket")
+        raise Gone("neither a TCP nor a UDP socket")
     return sock
 
 
@@ -191,9 +195,9 @@ def _someone_listens(path: Path) -> bool:
     return False
 
 
-def receiver_path(port: int) -> Path:
+def receiver_path(port: int, protocol: Protocol = Protocol.TCP) -> Path:
     """Where this process's receiver for a local port listens."""
-    return applications_directory() / f"port-{port}.{os.getpid()}.sock"
+    return applications_directory() / f"{_PREFIX[protocol]}-{port}.{os.getpid()}.sock"
 
 
 def registration_path(pid: int) -> Path:
@@ -201,9 +205,9 @@ def registration_path(pid: int) -> Path:
     return applications_directory() / f"process.{pid}.sock"
 
 
-def receivers(port: int) -> Iterator[Path]:
+def receivers(port: int, protocol: Protocol = Protocol.TCP) -> Iterator[Path]:
     """The files of receivers for a local port whose process still listens; others are deleted."""
-    for path in sorted(applications_directory().glob(f"port-{port}.*.sock")):
+    for path in sorted(applications_directory().glob(f"{_PREFIX[protocol]}-{port}.*.sock")):
         if _someone_listens(path):
             yield path
         else:

@@ -16,18 +16,17 @@ import time
 from collections.abc import Callable, Container
 from typing import ClassVar
 
-from . import graft
+from . import endpoints, graft
 from .core import messages
-from .core.endpoint import Flow
+from .core.endpoint import Flow, Protocol
 from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, DestinationState, Event
-from .core.image import Image, decode
+from .core.image import Image
 from .core.messages import Message, Stage
 from .core.policy import Taker
 from .core.refusals import Refusal
-from .core.restoreplan import activation_steps, clock_steps, dormant_steps
-from .core.state import ConnectionState, fitted
 from .door import Entry
+from .endpoints import Restoration
 from .executor import GaveUp, event_of
 from .graft import in_place
 from .journal import LOST_MARK, Journal
@@ -35,7 +34,7 @@ from .kernel import conntrack, netns, process, repair, routing, sockdiag, sockop
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
-from .merging import Merging
+from .merging import LASTS_S, Merging
 from .redirect import tunnelled
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
@@ -76,7 +75,8 @@ class Destination:
         self._merging: Merging | None = None
         self._injector: Injector | None = None
         self._sock: socket.socket | None = None
-        self._state: ConnectionState | None = None
+        self._endpoint = endpoints.of(flow.protocol)
+        self._state: Restoration | None = None
         self._message: messages.Prepare | messages.Activate | None = None
         self._rehearsed: Image | None = None
         self._elapsed_ms = 0
@@ -128,10 +128,10 @@ class Destination:
         if used is not None:
             raise Refused(f"the destination has a connection {flow} already (state {used.label})",
                           refusal=Refusal.IN_USE)
-        refuse_unfit(self._needs)
+        refuse_unfit(self._needs, flow.protocol)
         self._graft = graft.find(self._into, flow)
         self._admit(self._graft.takers())
-        with host_rules(flow.ip_version) as rules:
+        with host_rules(flow.ip_version, flow.protocol) as rules:
             self._keeps_fence = rules.is_fenced(flow)  # of an earlier pass from here: it outlives this one undone
         self.journal.write("staged", flow=flow.to_json(), into=self._into, network=list(netns.own()),
                            divert=not self.address_is_local,
@@ -144,12 +144,12 @@ class Destination:
         self.journal.reserve(LOST_MARK)
         self._make_rules()
         self._arrange()
-        self._rehearsed = rehearse(flow.ip_version)
+        self._rehearsed = rehearse(flow.ip_version, flow.protocol)
         if self._entry is not None:
             self._entry.tell_accepted(self.into, self._graft.takers())
 
     def _make_rules(self) -> None:
-        self._rules = HostRules(self.flow.ip_version)
+        self._rules = HostRules(self.flow.ip_version, self.flow.protocol)
         self._moves = self._rules.moves_of(self.flow)
         self._rules.prepare_fence()
         self._rules.fence(self.flow)
@@ -213,7 +213,7 @@ class Destination:
         """The freeze has begun, and the state will be here in two milliseconds: what has to be done with it is quicker
         when it was just done."""
         if self._rehearsed is not None:
-            warm_up(self._rehearsed)
+            warm_up(self._rehearsed, self.flow.protocol)
             self._rehearsed = None
 
     def _dig(self, message: messages.Dig) -> None:
@@ -257,16 +257,18 @@ class Destination:
         vessel = self._graft.vessel(self.flow)
         sock = self._sock = vessel.sock
         if vessel.own:
-            state = self._state = fitted(state, vessel.options, sock.family == socket.AF_INET6)
-        self._restorer(sock).run(dormant_steps(state, vessel.options))
+            state.fit(vessel.options, sock.family == socket.AF_INET6)
+        state.restore(sock, vessel.options)
         if not vessel.own:  # the flag is the program's, too
             sock.setblocking(True)
 
-    def _decoded(self) -> ConnectionState:
+    def _decoded(self) -> Restoration:
         message = self._message
         if message is None:
             raise ProtocolError("there is no state to restore")
-        state = decode(Image(message.inet_sk, message.tcp_stream, message.extras))
+        state = self._endpoint.restoration(Image(message.inet_sk, message.tcp_stream, message.extras),
+                                           self._need_injector, not self.address_is_local)
+        state.notes = self.notes
         if state.flow != self.flow:
             raise ProtocolError(f"the state is of {state.flow}, staged was {self.flow}")
         if state.options.get("SO_MARK") == MARK:
@@ -276,14 +278,10 @@ class Destination:
         self._state = state
         return state
 
-    def _restorer(self, sock: socket.socket) -> repair.Restorer:
-        injector = self._injector
-        if injector is None:
+    def _need_injector(self) -> Injector:
+        if self._injector is None:
             raise Refused("the pass was not staged")
-        restorer = repair.Restorer(sock, transparent=not self.address_is_local,
-                                   inject=lambda segment: injector.deliver(self.flow, segment))
-        restorer.reports = self.notes
-        return restorer
+        return self._injector
 
     def _graft_dormant(self) -> None:
         way, sock, message = self._graft, self._sock, self._message
@@ -326,16 +324,16 @@ class Destination:
         self._wire.send(messages.Committed(self.journal.pass_id))
 
     def _unfence(self) -> None:
-        """From here on this host hears the connection and speaks for it; its clock must be right by then."""
+        """From here on this host hears the connection and speaks for it."""
         sock, state, rules = self._sock, self._state, self._rules
         if self._delivered or self._unfenced:
             return  # long since; this host may even have passed it on
         if state is None or rules is None:
             raise Refused("the pass was not staged")
-        if sock is not None and repair.is_in_repair(sock):
-            self._restorer(sock).run(clock_steps(state, self._elapsed_ms))
+        if sock is not None:
+            state.open(sock, self._elapsed_ms)
         if self._merging is not None:
-            self._merging.begin(state.rcv_nxt)
+            self._merging.begin(state.order())
         rules.take_over(self.flow, self._moves)  # if this host had passed the connection away, it comes home
         self._unfenced = True
 
@@ -347,9 +345,8 @@ class Destination:
         sock, state, way = self._sock, self._state, self._graft
         if sock is None or state is None or way is None:
             raise Refused("the pass was not staged")
-        written = None if repair.is_in_repair(sock) else repair.written_since(sock, state)
-        way.brace(unwritten=bool(state.unsent_bytes) or state.fin_unsent)
-        self._restorer(sock).run(activation_steps(state, written))
+        way.brace(unwritten=state.has_unwritten)
+        state.activate(sock)
         way.activate(self.journal.pass_id)
         sock.close()
         self._sock = None
@@ -419,7 +416,7 @@ class Destination:
         side._interrupted = True
         side.address_is_local = not staged["divert"]
         side._keeps_fence = staged.get("keeps_fence", False)
-        side._rules = HostRules(side.flow.ip_version)
+        side._rules = HostRules(side.flow.ip_version, side.flow.protocol)
         if staged["divert"]:
             side._divert = DivertAtDestination()
         return side
@@ -460,11 +457,12 @@ class Destination:
         self._sock = left.sock
         if left.own:
             own = sockopt.read_all(left.sock)
-            state = fitted(state, {name: value for name, value in own.items() if name not in _FORCED},
-                           left.sock.family == socket.AF_INET6)
-            self._state = state
+            state.fit({name: value for name, value in own.items() if name not in _FORCED},
+                      left.sock.family == socket.AF_INET6)
 
     def close(self) -> None:
+        if self._merging is not None and self._merging.awaits_word:  # its next one says it, as does the end of the link
+            self._wire.wait(LASTS_S)
         for part in (self._sock, self._graft, self._merging, self._injector, self._rules):
             if part is not None:
                 part.close()
@@ -479,12 +477,12 @@ class Destination:
         Action.SEND_ACTIVE: _send_active, Action.SEND_ABORTED: _send_aborted, Action.SEND_LOST: _send_lost}
 
 
-def refuse_unfit(needs: Container[str]) -> None:
+def refuse_unfit(needs: Container[str], protocol: Protocol = Protocol.TCP) -> None:
     """What this kernel, as it is set in this network namespace, cannot do for a connection. `needs`: as of Stage."""
     if Refusal.USEC_TIMESTAMPS in needs and not repair.has_usec_timestamps():
         raise Refused("the connection uses microsecond timestamps, which the destination's kernel does not have",
                       refusal=Refusal.USEC_TIMESTAMPS, hint="Linux 6.7 and later have them")
-    if conntrack.refuses_the_middle():
+    if protocol is Protocol.TCP and conntrack.refuses_the_middle():
         raise Refused("the destination's conntrack takes no connection whose beginning it has not seen",
                       refusal=Refusal.CONNTRACK, hint="there: sysctl net.netfilter.nf_conntrack_tcp_loose=1")
 

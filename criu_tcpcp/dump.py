@@ -21,6 +21,7 @@ from typing import Any
 
 from . import imagedir, journal, passing, settle
 from .core import imageset, snapshot
+from .core.endpoint import Protocol
 from .core.errors import ExitCode, Owner, Refused, TcpcpError, UsageError
 from .core.handoff import ORIGIN_FINAL, Event, Machine, OriginState
 from .core.refusals import Refusal
@@ -63,6 +64,9 @@ def dump_connection(pid: int, fd: int, directory: str | Path, *, leave_running: 
         if options.keys() - {"idle_ms", "max_stall_ms", "origin_sees"}:
             raise UsageError(f"unknown option {sorted(options)[0]}")
         connection = passing.check(pid, fd, {Refusal.ECN})  # whoever restores it may refuse
+        if connection.protocol is not Protocol.TCP:
+            raise Refused(f"descriptor {fd} of process {pid} is a UDP socket, whose queue CRIU's images do not hold",
+                          hint="pass it to a host instead")
         journal.prepare_run_directory()
         imagedir.refuse_unfit(place)
         record = Journal(journal.new_id(), journal.ORIGIN)

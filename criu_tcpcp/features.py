@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .core.criu import messages as load_criu_messages
+from .core.endpoint import Protocol
 from .core.errors import ProtocolError, Refused, TcpcpError, UsageError
 from .core.messages import Refused as RefusedMessage
 from .core.messages import Tried, Try
@@ -24,7 +25,7 @@ from .kernel import netns, repair, syscalls
 from .kernel.grace import GracePeriod
 from .kernel.nfqueue import PacketQueue
 from .kernel.rawpacket import Injector
-from .kernel.rules import MARK, Hold, HostRules
+from .kernel.rules import MARK, Hold, HostRules, reassembles
 from .kernel.syscalls import failing
 from .kernel.tracee import Tracee
 from .rehearsal import rehearse
@@ -63,6 +64,14 @@ def _hold() -> None:
         queue.close()
         if not hold.queues:
             raise Refused("no rule of this kernel can send packets to a queue: they are dropped during a pass instead")
+
+
+def _datagrams() -> None:
+    for version in (4, 6):
+        rehearse(version, Protocol.UDP)
+        if not reassembles(version):
+            raise Refused("no rule of this kernel has fragments put together (CONFIG_NFT_TPROXY): a datagram in "
+                          "several packets is lost during and after a pass")
 
 
 def _rules() -> None:
@@ -134,6 +143,7 @@ _FEATURES: dict[str, tuple[str, bool, Callable[[], None]]] = {
     "stop": ("a process can be stopped, and its descriptors copied", True, _stop),
     "images": ("CRIU's message classes are installed", True, _images),
     "restore": ("a connection can be read, re-created from its image, and used", True, _restore),
+    "datagrams": ("a connected UDP socket can be read, re-created, and used", False, _datagrams),
     "run-directory": ("passes can be recorded", True, _run_directory),
 }
 

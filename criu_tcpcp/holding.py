@@ -50,7 +50,7 @@ class Holding:
             undo.callback(self._queue.close)
             self._injector = Injector(flow.ip_version, MARK)
             undo.callback(self._injector.close)
-            self._hold = Hold(flow.ip_version, self._queue.number)
+            self._hold = Hold(flow.ip_version, self._queue.number, flow.protocol)
             undo.pop_all()
         self._grace = GracePeriod()
         self._started: float | None = None

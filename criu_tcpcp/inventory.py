@@ -8,6 +8,7 @@ queues' contents) is looked at again by the pass itself.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -16,11 +17,11 @@ from dataclasses import dataclass, field
 
 from . import obstacles
 from .core import tcp
-from .core.endpoint import Flow, IPAddress
+from .core.endpoint import Flow, IPAddress, Protocol
 from .core.errors import KernelError, Refused
 from .core.refusals import Refusal
 from .core.tcp import TcpState
-from .kernel import iouring, netns, process, routing, sockdiag, syscalls, tcpinfo
+from .kernel import datagrams, iouring, netns, process, routing, sockdiag, syscalls, tcpinfo
 from .obstacles import Obstacle
 
 _SO_PROTOCOL, _SO_DOMAIN, _SO_ACCEPTCONN = 38, 39, 30
@@ -29,7 +30,7 @@ _IPPROTO_MPTCP = 262
 
 @dataclass(frozen=True)
 class Connection:
-    """A TCP socket of a process. `obstacle` is None where it can be passed."""
+    """A TCP or UDP socket of a process. `obstacle` is None where it can be passed."""
 
     pid: int
     process_name: str
@@ -42,6 +43,13 @@ class Connection:
     cookie: int
     obstacle: Obstacle | None
     shared_with: tuple[int, ...] = field(default=())
+    protocol: Protocol = Protocol.TCP
+
+    @property
+    def state_label(self) -> str:
+        """As ss(8) has it."""
+        is_unconnected = self.protocol is Protocol.UDP and self.state is TcpState.CLOSE
+        return "UNCONN" if is_unconnected else self.state.label
 
 
 def find(pid: int, fd: int, allowing: Container[Refusal] = ()) -> Connection:
@@ -69,8 +77,8 @@ def find(pid: int, fd: int, allowing: Container[Refusal] = ()) -> Connection:
 
 
 def connections(pid: int | None = None) -> Iterator[Connection]:
-    """Every TCP socket that is connected or listens, of the process, or of all processes that may be looked at. What a
-    process has from another network namespace than its own is left out, and cannot be passed."""
+    """Every TCP socket that is connected or listens, and every UDP socket, of the process, or of all processes that may
+    be looked at. What a process has from another network namespace than its own is left out, and cannot be passed."""
     if pid is not None:
         process.descriptors(pid)  # Refused where that may not be seen
     by_process = process.sockets()
@@ -106,7 +114,7 @@ def connections(pid: int | None = None) -> Iterator[Connection]:
 
 @dataclass
 class _Network:
-    """A network namespace: the TCP sockets in it by inode, and which addresses are local, as far as that was asked."""
+    """A network namespace: the sockets in it by inode, and which addresses are local, as far as that was asked."""
 
     sockets: dict[int, sockdiag.Known]
     local: dict[IPAddress, bool] = field(default_factory=dict)
@@ -125,13 +133,17 @@ def _listed(program: _Program, entry: sockdiag.Known, numbers: tuple[int, ...], 
     """Of what the kernel tells of all sockets at once; only one that may be passed is looked at by itself."""
     pid = program.pid
     others = tuple(sorted(holding - {pid})) if len(holding) > 1 else ()
-    obstacle = obstacles.in_kernels_list(entry.state, entry.flow, entry.options, entry.upper, entry.is_signed, others)
+    if entry.protocol is Protocol.UDP:
+        obstacle = obstacles.to_datagrams(entry.flow, others)
+    else:
+        obstacle = obstacles.in_kernels_list(entry.state, entry.flow, entry.options, entry.upper, entry.is_signed,
+                                             others)
     if obstacle is None:
         obstacle = obstacles.in_rings(program.rings, entry.inode)
     if obstacle is None and entry.flow is not None:
         try:
-            with syscalls.borrow_tcp(program.pidfd, numbers[0], entry.flow.socket_family) as sock:
-                obstacle = obstacles.inside(sock)
+            with syscalls.borrow_known(program.pidfd, numbers[0], entry.flow) as sock:
+                obstacle = obstacles.INSIDE[entry.protocol](sock)
         except (KernelError, OSError):  # ENOTSOCK: it has become something else
             obstacle = Obstacle(Refusal.NOT_ALLOWED, "may not be taken, or was closed just now")
     if obstacle is None and entry.flow is not None:
@@ -143,12 +155,12 @@ def _listed(program: _Program, entry: sockdiag.Known, numbers: tuple[int, ...], 
             obstacle = obstacles.local_peer(entry.flow)
     return Connection(pid=pid, process_name=program.name, descriptors=numbers, inode=entry.inode,
                       state=entry.state, flow=entry.flow, unread=entry.unread, unacknowledged=entry.unacknowledged,
-                      cookie=entry.cookie, obstacle=obstacle, shared_with=others)
+                      cookie=entry.cookie, obstacle=obstacle, shared_with=others, protocol=entry.protocol)
 
 
 def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding: set[int],
              rings: tuple[iouring.Ring, ...], allowing: Container[Refusal]) -> Connection | str:
-    """A TCP socket as a Connection; for anything else, what it is. Refused where it cannot be had."""
+    """A TCP or UDP socket as a Connection; for anything else, what it is. Refused where it cannot be had."""
     try:
         sock = syscalls.borrow_socket(pidfd, numbers[0])
     except KernelError as error:
@@ -166,7 +178,7 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
         if domain not in (socket.AF_INET, socket.AF_INET6):
             return f"is a socket of address family {domain}, not a TCP connection"
         if protocol == socket.IPPROTO_UDP:
-            return "is a UDP socket, not a TCP connection"
+            return _examine_datagrams(sock, pid, inode, numbers, tuple(sorted(holding - {pid})), rings)
         if protocol not in (socket.IPPROTO_TCP, _IPPROTO_MPTCP):
             return f"is a socket of IP protocol {protocol}, not a TCP connection"
         if protocol == _IPPROTO_MPTCP:
@@ -196,6 +208,20 @@ def _unacknowledged(sock: socket.socket, state: TcpState) -> int:
     """Without our FIN."""
     count = tcpinfo.unacknowledged_bytes(sock)
     return count - 1 if count and state in tcp.FIN_QUEUED_STATES else count
+
+
+def _examine_datagrams(sock: socket.socket, pid: int, inode: int, numbers: tuple[int, ...], others: tuple[int, ...],
+                       rings: tuple[iouring.Ring, ...]) -> Connection:
+    flow: Flow | None = None
+    with contextlib.suppress(KernelError, ValueError):
+        flow = tcpinfo.flow_of(sock)
+    obstacle = (obstacles.to_datagrams(flow, others) or obstacles.in_rings(rings, inode)
+                or obstacles.inside_datagrams(sock))
+    return Connection(
+        pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode,
+        state=TcpState.CLOSE if flow is None else TcpState.ESTABLISHED, flow=flow,
+        unread=datagrams.queue_memory(sock), unacknowledged=tcpinfo.bytes_below(sock), cookie=tcpinfo.cookie(sock),
+        obstacle=obstacle, shared_with=others, protocol=Protocol.UDP)
 
 
 def refuse_local_peer(connection: Connection) -> None:

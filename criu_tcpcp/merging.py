@@ -4,7 +4,9 @@ would send it again.
 
 So this host holds them too, from before it takes the connection until the last is here: what continues the stream goes
 on at once, what is ahead of it waits for the rest (core/reorder.py), `MISSING_S` at most. That is so where the local
-address is the destination's own, as when a connection comes home; by the divert, packets come one way only.
+address is the destination's own, as when a connection comes home; by the divert, packets come one way only. UDP has no
+numbers: there the packets that came over the old owner's host are told by their hops, and what comes directly waits
+until that host has said its last word about the pass, `LASTS_S` at most.
 
 A thread does it, since whoever sends the peer on may not wait for the journal. All of it belongs to this process: if it
 dies, the kernel removes the rules and drops what waits, which the peer sends again.
@@ -20,10 +22,10 @@ import time
 
 from .core.endpoint import Flow
 from .core.errors import KernelError
-from .core.reorder import Reorder
+from .core.reorder import Order
 from .holding import end_in_order
 from .kernel.nfqueue import ACCEPT, PacketQueue
-from .kernel.rawpacket import Injector, extent
+from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, Hold
 
 #: Longer than a busy host takes to let go of what it held (10 ms and more, where all its processors are taken), and
@@ -40,24 +42,26 @@ class Merging:
         self._flow = flow
         self._missing_s = missing_s
         self._thread: threading.Thread | None = None
+        self.awaits_word = False  # that the old owner has let go of everything: `close` is to come then
         with contextlib.ExitStack() as parts:
             self._queue = PacketQueue()
             parts.callback(self._queue.close)
             self._injector = Injector(flow.ip_version, MARK)
             parts.callback(self._injector.close)
-            self._hold = Hold(flow.ip_version, self._queue.number)
+            self._hold = Hold(flow.ip_version, self._queue.number, flow.protocol)
             parts.callback(self._hold.close)
             self._ended = os.eventfd(0, os.EFD_CLOEXEC)
             parts.callback(os.close, self._ended)
             self._parts = parts.pop_all()
 
-    def begin(self, next_sequence: int) -> None:
-        """From here on what comes is put in order, from `next_sequence` on. Does nothing where this kernel cannot
-        queue: packets that are dropped would be worse than packets out of order."""
+    def begin(self, order: Order) -> None:
+        """From here on what comes is put in order. Does nothing where this kernel cannot queue: packets that are
+        dropped would be worse than packets out of order."""
         if self._thread is not None or not self._hold.queues:
             return
         self._hold.add(self._flow)
-        self._thread = threading.Thread(target=self._run, args=(Reorder(next_sequence),), daemon=True)
+        self.awaits_word = order.needs_word
+        self._thread = threading.Thread(target=self._run, args=(order,), daemon=True)
         self._thread.start()
 
     @property
@@ -65,27 +69,27 @@ class Merging:
         """How many packets wait for others."""
         return self._queue.waiting
 
-    def _run(self, order: Reorder) -> None:
+    def _run(self, order: Order) -> None:
         # KernelError: the queue has overflowed, and what it lost is lost.
         with contextlib.suppress(KernelError):
             self._merge(order, time.monotonic() + LASTS_S)
         end_in_order(self._hold, self._queue, self._injector, self._flow, ACCEPT)
 
-    def _merge(self, order: Reorder, deadline: float) -> None:
+    def _merge(self, order: Order, deadline: float) -> None:
         poller = select.poll()
         for number in (self._ended, self._queue.fileno()):
             poller.register(number, select.POLLIN)
+        missing_s = LASTS_S if order.needs_word else self._missing_s
         missing_since: float | None = None
         while True:
-            until = deadline if missing_since is None else min(deadline, missing_since + self._missing_s)
+            until = deadline if missing_since is None else min(deadline, missing_since + missing_s)
             ready = [number for number, _events in poller.poll(max(0.0, until - time.monotonic()) * 1000)]
             for number, packet in self._queue.take():
-                begin, length = extent(packet, self._flow.ip_version)
-                self._queue.let_go(order.came(number, begin, length))
+                self._queue.let_go(order.came(number, packet))
             now = time.monotonic()
-            ends = now >= deadline or (self._ended in ready and not order.waits)
+            ends = now >= deadline or (self._ended in ready and (order.needs_word or not order.waits))
             missing_since = (missing_since or now) if order.waits else None
-            if ends or (missing_since is not None and now >= missing_since + self._missing_s):
+            if ends or (missing_since is not None and now >= missing_since + missing_s):
                 self._queue.let_go(order.give_up())
                 missing_since = None
             if ends:

@@ -1,4 +1,4 @@
-"""What forbids the pass of a TCP connection, found without touching it.
+"""What forbids the pass of a connection, found without touching it.
 
 Each function looks at one source: what the kernel tells of all sockets at once, what only the socket itself tells, and
 what the rings of its process tell. The first obstacle that is found is the one that is named.
@@ -9,18 +9,19 @@ from __future__ import annotations
 import errno
 import functools
 import socket
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from .core import tcp
-from .core.endpoint import Flow, IPAddress
+from .core.endpoint import Flow, IPAddress, Protocol
 from .core.errors import Refused
 from .core.refusals import Refusal
 from .core.tcp import TcpState
-from .kernel import iouring, sockdiag, sockopt, tcpinfo
+from .kernel import datagrams, iouring, sockdiag, sockopt, tcpinfo
 
 _SO_ZEROCOPY, _SO_TIMESTAMPING = 60, 37
 _TCP_ULP = 31
+_UDP_ENCAP = 100  # linux/udp.h
 #: linux/net_tstamp.h: TX_HARDWARE, TX_SOFTWARE, TX_SCHED, TX_ACK, TX_COMPLETION
 _SENDS_TIMESTAMPS = 1 << 0 | 1 << 1 | 1 << 8 | 1 << 9 | 1 << 18
 #: IPV6_HOPOPTS, IPV6_RTHDRDSTOPTS, IPV6_RTHDR, IPV6_DSTOPTS (linux/in6.h)
@@ -110,6 +111,38 @@ def inside(sock: socket.socket) -> Obstacle | None:
         return Obstacle(Refusal.EXTENSION_HEADERS, "adds IPv6 extension headers to its packets",
                         "take them away first (setsockopt IPV6_HOPOPTS, IPV6_RTHDR, IPV6_DSTOPTS, of length 0)")
     return None
+
+
+def to_datagrams(flow: Flow | None, others: tuple[int, ...]) -> Obstacle | None:
+    """Of a UDP socket, as `in_kernels_list`."""
+    if flow is None:
+        return Obstacle(Refusal.NO_PEER, "is a UDP socket without a peer of its own",
+                        "only one that its program has connected to its peer is passed")
+    return in_kernels_list(TcpState.ESTABLISHED, flow, 0, "", False, others)
+
+
+def inside_datagrams(sock: socket.socket) -> Obstacle | None:
+    """What only a UDP socket itself tells."""
+    if sock.getsockopt(socket.IPPROTO_UDP, _UDP_ENCAP):
+        return Obstacle(Refusal.UPPER_PROTOCOL, "has a kernel protocol on top (UDP_ENCAP), which cannot be carried")
+    if tcpinfo.reads_end(sock):
+        return Obstacle(Refusal.STATE, "is a UDP socket that is shut down for reading, which is not carried")
+    if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
+        return Obstacle(Refusal.ZEROCOPY, "uses MSG_ZEROCOPY, whose completions would be lost")
+    if sockopt.has_hidden_filter(sock):
+        return Obstacle(Refusal.BPF_FILTER, "has a filter that is no classic BPF program (SO_ATTACH_BPF)")
+    if datagrams.has_corked(sock):
+        return Obstacle(Refusal.CORKED, "has a datagram that was begun and not finished (UDP_CORK, MSG_MORE), which "
+                        "cannot be carried", "try again once the program has sent it")
+    if datagrams.has_error(sock):
+        return Obstacle(Refusal.PENDING_ERROR, "has an error waiting, which cannot be carried",
+                        "try again once the program has read it")
+    return None
+
+
+#: What only a look at the socket itself tells.
+INSIDE: dict[Protocol, Callable[[socket.socket], Obstacle | None]] = {
+    Protocol.TCP: inside, Protocol.UDP: inside_datagrams}
 
 
 def in_rings(rings: tuple[iouring.Ring, ...], inode: int) -> Obstacle | None:

@@ -8,18 +8,21 @@ ms off the clock of the peer), and `check` calls it to see that a state can be r
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import socket
 import struct
 
-from .core.endpoint import Flow
+from . import endpoints
+from .core import datagramimage
+from .core.endpoint import Flow, Protocol
 from .core.errors import Refused
 from .core.image import Image, decode, encode
 from .core.messages import Decoder, Prepare
 from .core.messages import encode as encode_message
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
-from .kernel import netns, repair, sockopt, tcpinfo
+from .kernel import datagrams, netns, repair, sockopt, tcpinfo
 from .kernel.rawpacket import Injector, Sniffer
 from .kernel.rules import MARK, host_rules
 from .kernel.syscalls import failing
@@ -31,9 +34,52 @@ _PROBE_TIMEOUT_S = 0.5
 _WORD = b"rehearsal"
 
 
-def rehearse(ip_version: int) -> Image:
+def rehearse(ip_version: int, protocol: Protocol = Protocol.TCP) -> Image:
     """Read the state of a loopback connection, end it, restore it from its image, and use it. Raises what fails.
     Returns the image, for `warm_up`."""
+    return _rehearse_tcp(ip_version) if protocol is Protocol.TCP else _rehearse_udp(ip_version)
+
+
+def _rehearse_udp(ip_version: int) -> Image:
+    with netns.private_or_own() as is_private, contextlib.ExitStack() as stack:
+        if is_private:
+            _loopback_up()
+        injector = stack.enter_context(contextlib.closing(Injector(ip_version, MARK)))
+        peer, sock = (stack.enter_context(one) for one in _datagram_pair(ip_version))
+        flow = tcpinfo.flow_of(sock)
+        if is_private:
+            _rules(flow)
+        restored = stack.enter_context(socket.socket(flow.socket_family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC))
+        with failing("a datagram over loopback"):
+            peer.send(_WORD)
+        image = datagramimage.encode(datagrams.read_state(sock, sockopt.read_all(sock), False))
+        datagrams.end(sock, flow, injector)
+        restoration = endpoints.of(flow.protocol).restoration(image, lambda: injector, False)
+        restoration.restore(restored, {})
+        restoration.open(restored, 0)
+        restoration.activate(restored)
+        with failing("a datagram over loopback"):
+            restored.send(_WORD)
+            if (peer.recv(64), restored.recv(64, socket.MSG_DONTWAIT)) != (_WORD, _WORD):
+                raise Refused("a restored UDP socket does not work on this kernel")
+    return image
+
+
+def _datagram_pair(ip_version: int) -> tuple[socket.socket, socket.socket]:
+    """Two sockets that are connected to each other."""
+    family = socket.AF_INET if ip_version == 4 else socket.AF_INET6
+    one, other = (socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) for _ in range(2))
+    with failing("UDP sockets over loopback"):
+        for sock in (one, other):
+            sock.bind((_LOOPBACK[ip_version], 0))
+            sock.settimeout(2)
+        one.connect(other.getsockname())
+        other.connect(one.getsockname())
+        other.settimeout(None)
+    return one, other
+
+
+def _rehearse_tcp(ip_version: int) -> Image:
     with netns.private_or_own() as is_private:
         if is_private:
             _loopback_up()
@@ -54,9 +100,12 @@ def rehearse(ip_version: int) -> Image:
     return image
 
 
-def warm_up(image: Image) -> None:
+def warm_up(image: Image, protocol: Protocol = Protocol.TCP) -> None:
     """Only what is computed, half a millisecond of it: between the rehearsal and the pass other processes had the
     caches of the processor."""
+    if protocol is Protocol.UDP:
+        datagramimage.encode(datagramimage.decode(image))
+        return
     state = decode(image)
     encode(state)
     Decoder().feed(encode_message(Prepare("", "", image.inet_sk, image.tcp_stream, image.extras, b"")))
@@ -82,7 +131,7 @@ def _pass_on(sock: socket.socket, restored: socket.socket, flow: Flow, sniffer: 
 
 def _rules(flow: Flow) -> None:
     """The same transactions that the freeze will make, in tables that end with the namespace."""
-    with host_rules(flow.ip_version) as rules:
+    with host_rules(flow.ip_version, flow.protocol) as rules:
         rules.prepare_fence()
         rules.fence(flow)
         rules.unfence(flow)

@@ -9,6 +9,7 @@ command.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from . import graft, namespaces, redirect
 from . import journal as journals
 from .core import handoff
-from .core.endpoint import Flow
+from .core.endpoint import Flow, Protocol
 from .core.errors import ExitCode, InDoubt, KernelError, LinkError, Owner, ProtocolError, Refused, TcpcpError
 from .core.handoff import ORIGIN_FINAL, Event, OriginState
 from .core.messages import Ask, Settled, Standing
@@ -95,7 +96,7 @@ def _state(journal: Journal, working: bool) -> str:
 def _rules_of(journal: Journal, flow: Flow | None) -> list[str]:
     if flow is None:
         return []
-    with namespaces.of_side(journal), host_rules(flow.ip_version) as rules:
+    with namespaces.of_side(journal), host_rules(flow.ip_version, flow.protocol) as rules:
         return sorted(name for name, flows in rules.flows().items() if flow.plain in flows)
 
 
@@ -315,7 +316,7 @@ class _Elsewhere:
             return None
         flow = Flow.from_json(intent["flow"])
         dumped = _images_of(journal)
-        with namespaces.of_side(journal), host_rules(flow.ip_version) as rules:
+        with namespaces.of_side(journal), host_rules(flow.ip_version, flow.protocol) as rules:
             if not rules.is_moved(flow) and dumped is None:
                 return None
         all_the_same = f"criu-tcpcp release {journal.pass_id} releases it all the same"
@@ -348,7 +349,7 @@ class _Elsewhere:
 
 def stands_here(flow: Flow) -> bool:
     """The connection is alive at this host, or this host has passed it on."""
-    with host_rules(flow.ip_version) as rules:
+    with host_rules(flow.ip_version, flow.protocol) as rules:
         return _alive_here(flow) or rules.is_moved(flow)
 
 
@@ -361,7 +362,7 @@ def _remove(journal: Journal) -> None:
     first = journal.field("intent") or journal.field("staged")
     if first is not None and not _others_of(first["flow"], journal):
         flow = Flow.from_json(first["flow"])
-        with namespaces.of_side(journal), host_rules(flow.ip_version) as rules:
+        with namespaces.of_side(journal), host_rules(flow.ip_version, flow.protocol) as rules:
             # What was dumped here and is alive here was made again from its images, and is not to stay fenced.
             if not _alive_here(flow) or _images_of(journal) is not None or _came_back(journal):
                 rules.stay(flow)
@@ -415,8 +416,8 @@ def sweep_host() -> None:
                 journal.forget(STATE_FILE)
             elif journal.side == journals.DESTINATION and journal.verdict() != "committed":
                 _undo_staged(journal)
-    for version in IP_VERSIONS:
-        with contextlib.suppress(KernelError), host_rules(version) as rules:
+    for version, protocol in itertools.product(IP_VERSIONS, Protocol):
+        with contextlib.suppress(KernelError), host_rules(version, protocol) as rules:
             _sweep(rules, version)
     with contextlib.suppress(TcpcpError):
         tunnelled.sweep()
@@ -428,7 +429,7 @@ def _undo_staged(journal: Journal) -> None:
     staged = journal.field("staged")
     if staged is not None and not _in_use_by_another(journal):
         flow = Flow.from_json(staged["flow"])
-        with namespaces.of_side(journal), host_rules(flow.ip_version) as rules:
+        with namespaces.of_side(journal), host_rules(flow.ip_version, flow.protocol) as rules:
             graft.abandon(journal, rules)
             # Passed away before: its fence stays, since packets still come by.
             if not staged.get("keeps_fence") and not rules.is_moved(flow):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
 
 from criu_tcpcp.core import tcp
-from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.core.datagram import Datagram, DatagramState
+from criu_tcpcp.core.endpoint import Endpoint, Flow, Protocol
 from criu_tcpcp.core.options import Form, Option, OptionValue, applying
 from criu_tcpcp.core.state import Congestion, ConnectionState, Negotiated, Window
 from criu_tcpcp.core.tcp import TcpState
@@ -31,6 +33,16 @@ def plain(**changes: Any) -> ConnectionState:
         "window": Window(snd_wl1=999, snd_wnd=64256, max_window=64256, rcv_wnd=65160, rcv_wup=1000),
         "congestion": Congestion(10, 2147483647, 200, 50, 204000), "options": {"TCP_NODELAY": 1, "SO_KEEPALIVE": 1}}
     return ConnectionState(**(fields | changes))
+
+
+def datagram_states() -> list[DatagramState]:
+    """Of each family, with datagrams of all sizes, and with none."""
+    some = (Datagram(b""), Datagram(b"one", 1, 255), Datagram(b"x" * 3000, 255, 0x28), Datagram(b""))
+    options: dict[str, OptionValue] = {"SO_SNDBUF": 87040, "SO_RCVBUF": 131072, "UDP_SEGMENT": 1200,
+                                       "SO_RCVTIMEO": (1, 5), "SO_SNDTIMEO": (0, 0), "SO_BINDTODEVICE": "",
+                                       "SO_LINGER": (0, 0), "SO_ATTACH_FILTER": ""}
+    return [DatagramState(replace(flow, protocol=Protocol.UDP), queue, options, True)
+            for flow in FLOWS.values() for queue in (some, ())]
 
 
 def _value(option: Option) -> st.SearchStrategy[OptionValue]:

@@ -84,10 +84,10 @@ def _run_directory(path: Path) -> Iterator[None]:
             os.environ["CRIU_TCPCP_RUN_DIR"] = before
 
 
-def capturing(host: Host, path: Path, length: int = 200) -> subprocess.Popen[bytes]:
+def capturing(host: Host, path: Path, length: int = 200, what: str = "tcp") -> subprocess.Popen[bytes]:
     """A tcpdump that sees all from now on; `length` bytes of each packet (0: all) go to `path`."""
     process = host.spawn(["tcpdump", "-i", host.interface, "-s", str(length), "-B", "65536", "-U", "--immediate-mode",
-                          "-w", str(path), "tcp or icmp or icmp6"], stderr=subprocess.PIPE)
+                          "-w", str(path), f"{what} or icmp or icmp6"], stderr=subprocess.PIPE)
     assert process.stderr is not None
     assert b"listening" in process.stderr.readline()
     return process
@@ -252,7 +252,7 @@ class World:
         """(process, descriptor) of whoever has the connection at this host, by ss."""
         assert self.flow is not None
         chosen = ["sport", "=", str(self.flow.local.port), "dport", "=", str(self.flow.peer.port)]
-        return _users(self.homes[host.name].run(["ss", "-tnpH", "state", "all", *chosen]).stdout)
+        return users(self.homes[host.name].run(["ss", "-tnpH", "state", "all", *chosen]).stdout)
 
     def _until_it_listens(self, host: Host, port: int) -> None:
         home = self.homes[host.name]
@@ -339,7 +339,7 @@ class World:
         return [line for line in now if line not in self.clean[host.name]]
 
 
-def _users(listed: str) -> list[tuple[int, int]]:
+def users(listed: str) -> list[tuple[int, int]]:
     return [(int(pid), int(fd)) for pid, fd in re.findall(r"pid=(\d+),fd=(\d+)", listed)]
 
 

@@ -29,17 +29,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.results_json(map(_object, found))
         return int(ExitCode.OK)
-    rows = [["State", "Recv-Q", "Send-Q", "Local Address:Port", "Peer Address:Port", "Process", "FD", "Passable"]]
-    rows += [[one.state.label, str(one.unread), str(one.unacknowledged), str(one.flow.local) if one.flow else "*",
-              str(one.flow.peer) if one.flow else "*", f"{one.process_name}({one.pid})",
-              ",".join(map(str, one.descriptors)), f"no: {one.obstacle.what}" if one.obstacle else "yes"]
-             for one in found]
+    rows = [["Netid", "State", "Recv-Q", "Send-Q", "Local Address:Port", "Peer Address:Port", "Process", "FD",
+             "Passable"]]
+    rows += [[one.protocol.label, one.state_label, str(one.unread), str(one.unacknowledged),
+              str(one.flow.local) if one.flow else "*", str(one.flow.peer) if one.flow else "*",
+              f"{one.process_name}({one.pid})", ",".join(map(str, one.descriptors)),
+              f"no: {one.obstacle.what}" if one.obstacle else "yes"] for one in found]
     console.table(rows)
     return int(ExitCode.OK)
 
 
 def _object(one: Any) -> dict[str, Any]:
-    return {"pid": one.pid, "process": one.process_name, "fds": list(one.descriptors), "state": one.state.label,
+    return {"pid": one.pid, "process": one.process_name, "fds": list(one.descriptors),
+            "protocol": one.protocol.label, "state": one.state_label,
             "local": str(one.flow.local) if one.flow else None, "peer": str(one.flow.peer) if one.flow else None,
             "recv_q": one.unread, "send_q": one.unacknowledged, "passable": one.obstacle is None,
             "refusal": one.obstacle.refusal if one.obstacle else None,

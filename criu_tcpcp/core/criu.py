@@ -25,6 +25,7 @@ class Messages:
 
     inet_sk: Any
     tcp_stream: Any
+    sk_packet: Any
     fown: Any
     file: Any
     fdinfo: Any
@@ -61,9 +62,10 @@ def messages() -> Messages:
     """Load pycriu. Refused names the package to install where it is missing."""
     images = _import("pycriu.images")
     parts = {name: importlib.import_module(f"pycriu.images.{name}_pb2")
-             for name in ("sk_inet", "tcp_stream", "fown", "fdinfo")}
-    return Messages(parts["sk_inet"].inet_sk_entry, parts["tcp_stream"].tcp_stream_entry, parts["fown"].fown_entry,
-                    parts["fdinfo"].file_entry, parts["fdinfo"].fdinfo_entry, dict(images.magic.by_name))
+             for name in ("sk_inet", "tcp_stream", "sk_packet", "fown", "fdinfo")}
+    return Messages(parts["sk_inet"].inet_sk_entry, parts["tcp_stream"].tcp_stream_entry,
+                    parts["sk_packet"].sk_packet_entry, parts["fown"].fown_entry, parts["fdinfo"].file_entry,
+                    parts["fdinfo"].fdinfo_entry, dict(images.magic.by_name))
 
 
 @functools.cache

@@ -2,11 +2,13 @@
 
 A *flow* is named from the side that moves: `local` is the origin's or destination's end, `peer` the far end. The
 family of the packets and the family of the socket differ for a v4-mapped socket (an AF_INET6 socket that speaks IPv4,
-RFC 4291 2.5.5.2): `Flow.ip_version` is the packets', `Flow.socket_family` the socket's.
+RFC 4291 2.5.5.2): `Flow.ip_version` is the packets', `Flow.socket_family` the socket's. A connected UDP socket
+is a connection, too.
 """
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import socket
 from dataclasses import dataclass
@@ -15,6 +17,21 @@ from typing import Any, Self
 from .errors import ProtocolError
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class Protocol(enum.IntEnum):
+    """By the number that packets carry it under (linux/in.h)."""
+
+    TCP = socket.IPPROTO_TCP
+    UDP = socket.IPPROTO_UDP
+
+    @property
+    def socket_type(self) -> int:
+        return socket.SOCK_STREAM if self is Protocol.TCP else socket.SOCK_DGRAM
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
 
 
 @dataclass(frozen=True, order=True)
@@ -55,6 +72,7 @@ class Flow:
     peer: Endpoint
     mapped: bool = False
     scope_id: int = 0
+    protocol: Protocol = Protocol.TCP
 
     def __post_init__(self) -> None:
         if self.local.address.version != self.peer.address.version:
@@ -75,14 +93,17 @@ class Flow:
     @property
     def plain(self) -> Flow:
         """As packets show it, and so the rules: without what only its socket knows."""
-        return Flow(self.local, self.peer)
+        return Flow(self.local, self.peer, protocol=self.protocol)
 
     def __str__(self) -> str:
-        return f"{self.local} <-> {self.peer}"
+        prefix = "" if self.protocol is Protocol.TCP else f"{self.protocol.label} "
+        return f"{prefix}{self.local} <-> {self.peer}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"local": [str(self.local.address), self.local.port], "peer": [str(self.peer.address), self.peer.port],
+        """TCP is not said: so it reads as what was written before there was anything else."""
+        said = {"local": [str(self.local.address), self.local.port], "peer": [str(self.peer.address), self.peer.port],
                 "mapped": self.mapped, "scope_id": self.scope_id}
+        return said if self.protocol is Protocol.TCP else {**said, "protocol": self.protocol.label}
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
@@ -90,22 +111,24 @@ class Flow:
         try:
             (local, local_port), (peer, peer_port) = value["local"], value["peer"]
             mapped, scope_id = value["mapped"], value["scope_id"]
-            if set(value) != {"local", "peer", "mapped", "scope_id"} or not isinstance(mapped, bool):
+            protocol = _SAID[value["protocol"]] if "protocol" in value else Protocol.TCP
+            if set(value) - {"protocol"} != {"local", "peer", "mapped", "scope_id"} or not isinstance(mapped, bool):
                 raise ValueError("unknown or missing fields")
             if not all(type(number) is int for number in (local_port, peer_port, scope_id)):
                 raise ValueError("a port is not a number")
             return cls(Endpoint(ipaddress.ip_address(str(local)), local_port),
-                       Endpoint(ipaddress.ip_address(str(peer)), peer_port), mapped, scope_id)
+                       Endpoint(ipaddress.ip_address(str(peer)), peer_port), mapped, scope_id, protocol)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a flow: {error}") from None
 
     @classmethod
     def of_socket(cls, sock: socket.socket) -> Self:
         """The flow of a connected socket."""
-        return cls.from_names(sock.getsockname(), sock.getpeername())
+        protocol = Protocol.UDP if sock.type == socket.SOCK_DGRAM else Protocol.TCP
+        return cls.from_names(sock.getsockname(), sock.getpeername(), protocol)
 
     @classmethod
-    def from_names(cls, local: tuple[Any, ...], peer: tuple[Any, ...]) -> Self:
+    def from_names(cls, local: tuple[Any, ...], peer: tuple[Any, ...], protocol: Protocol = Protocol.TCP) -> Self:
         """From what getsockname() and getpeername() return. Raises ValueError for a port 0 (not bound)."""
         addresses = [ipaddress.ip_address(str(name[0]).split("%")[0]) for name in (local, peer)]
         plain: list[IPAddress] = []
@@ -115,4 +138,7 @@ class Flow:
             mapped = mapped or inner is not None
             plain.append(inner if inner is not None else address)
         scope_id = int(peer[3]) if len(peer) == 4 else 0
-        return cls(Endpoint(plain[0], local[1]), Endpoint(plain[1], peer[1]), mapped, scope_id)
+        return cls(Endpoint(plain[0], local[1]), Endpoint(plain[1], peer[1]), mapped, scope_id, protocol)
+
+
+_SAID = {protocol.label: protocol for protocol in Protocol if protocol is not Protocol.TCP}

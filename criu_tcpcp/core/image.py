@@ -24,7 +24,7 @@ from typing import Any
 
 from . import tcp
 from .criu import messages
-from .endpoint import Flow
+from .endpoint import Flow, Protocol
 from .errors import ProtocolError
 from .options import BY_NAME, TABLE, Form, Option, OptionValue
 from .state import Congestion, ConnectionState, Negotiated, Window
@@ -45,7 +45,8 @@ _MOST_INSTRUCTIONS = 4096  # linux/bpf_common.h, BPF_MAXINSNS
 
 @dataclass(frozen=True)
 class Image:
-    """`inet_sk`: a serialised inet_sk_entry. `tcp_stream`: the bytes of a tcp-stream image. `extras`: JSON text."""
+    """`inet_sk`: a serialised inet_sk_entry. `tcp_stream`: the bytes of a tcp-stream image, of a UDP socket those of an
+    sk-queues image (datagramimage.py). `extras`: JSON text."""
 
     inet_sk: bytes
     tcp_stream: bytes
@@ -68,7 +69,7 @@ def encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options: 
 def read_inet_sk(data: bytes) -> dict[str, OptionValue]:
     """The options in this part, ahead of the rest. Raises ProtocolError as `decode` would."""
     with explained():
-        return dict(_decode_inet_sk(data, 0)[3])
+        return dict(decode_inet_sk(data, 0)[3])
 
 
 def decode(image: Image) -> ConnectionState:
@@ -76,7 +77,9 @@ def decode(image: Image) -> ConnectionState:
     with explained():
         stream, received, outgoing = decode_stream(image.tcp_stream)
         extras = _decode_extras(image.extras)
-        flow, tcp_state, nonblocking, options, shut_read = _decode_inet_sk(image.inet_sk, extras["scope_id"])
+        flow, tcp_state, nonblocking, options, shut_read = decode_inet_sk(image.inet_sk, extras["scope_id"])
+        if flow.protocol is not Protocol.TCP:
+            raise ProtocolError("the socket in the image is not TCP")
         timestamps = bool(stream.opt_mask & tcp.OPT_TIMESTAMPS)
         return ConnectionState(
             flow=flow, tcp_state=tcp_state, rcv_nxt=stream.inq_seq, received=received,
@@ -87,7 +90,7 @@ def decode(image: Image) -> ConnectionState:
             window=Window(stream.snd_wl1, stream.snd_wnd, stream.max_window, stream.rcv_wnd, stream.rcv_wup),
             timestamp=stream.timestamp if timestamps else None, ts_recent=extras["ts_recent"],
             congestion=Congestion(**extras["congestion"]),
-            options={**dict(options), **_decode_options_beside(extras["options"])}, nonblocking=nonblocking,
+            options={**dict(options), **decode_options_beside(extras["options"])}, nonblocking=nonblocking,
             fin_unsent=extras[_FIN_UNSENT], shut_read=shut_read)
 
 
@@ -107,8 +110,8 @@ def _encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options:
                     inode: int, shut_read: bool) -> bytes:
     kinds, values = messages(), dict(options)
     entry = kinds.inet_sk(
-        id=1, ino=inode & 0xFFFFFFFF, family=flow.socket_family, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP,
-        state=int(tcp_state), src_port=flow.local.port, dst_port=flow.peer.port,
+        id=1, ino=inode & 0xFFFFFFFF, family=flow.socket_family, type=flow.protocol.socket_type,
+        proto=int(flow.protocol), state=int(tcp_state), src_port=flow.local.port, dst_port=flow.peer.port,
         flags=_O_RDWR | (_O_NONBLOCK if nonblocking else 0), backlog=0,
         src_addr=_address_words(flow, flow.local.address.packed),
         dst_addr=_address_words(flow, flow.peer.address.packed),
@@ -125,8 +128,8 @@ def _encode_inet_sk(flow: Flow, tcp_state: TcpState, nonblocking: bool, options:
 
 
 @functools.lru_cache(maxsize=16)
-def _decode_inet_sk(data: bytes, scope_id: int
-                    ) -> tuple[Flow, TcpState, bool, tuple[tuple[str, OptionValue], ...], bool]:
+def decode_inet_sk(data: bytes, scope_id: int
+                   ) -> tuple[Flow, TcpState, bool, tuple[tuple[str, OptionValue], ...], bool]:
     """(flow, TCP state, whether the descriptor does not block, the options that CRIU has fields for, whether the
     program has shut down for reading)."""
     if len(data) > _ENTRY_LIMIT:
@@ -148,10 +151,11 @@ def _address_words(flow: Flow, packed: bytes) -> list[int]:
 
 
 def flow_of_entry(entry: Any, scope_id: int) -> Flow:
-    """The addresses of an inet_sk_entry. ProtocolError, ValueError where it is no TCP connection."""
-    if entry.family not in (socket.AF_INET, socket.AF_INET6) or entry.type != socket.SOCK_STREAM \
-            or entry.proto != socket.IPPROTO_TCP:
-        raise ProtocolError("the socket in the image is not TCP over IPv4 or IPv6")
+    """The addresses of an inet_sk_entry. ProtocolError, ValueError where it is no connection of a protocol that is
+    passed."""
+    if entry.family not in (socket.AF_INET, socket.AF_INET6) or entry.proto not in list(Protocol) \
+            or entry.type != Protocol(entry.proto).socket_type:
+        raise ProtocolError("the socket in the image is neither TCP nor UDP over IPv4 or IPv6")
     width = 1 if entry.family == socket.AF_INET else 4
     names = []
     for words, port in ((entry.src_addr, entry.src_port), (entry.dst_addr, entry.dst_port)):
@@ -160,7 +164,7 @@ def flow_of_entry(entry: Any, scope_id: int) -> Flow:
         packed = struct.pack(f"={width}I", *words[:width])
         text = socket.inet_ntop(entry.family, packed)
         names.append((text, port) if width == 1 else (text, port, 0, scope_id))
-    return Flow.from_names(names[0], names[1])
+    return Flow.from_names(names[0], names[1], Protocol(entry.proto))
 
 
 def parse_entry(kind: Any, data: bytes) -> Any:
@@ -308,7 +312,7 @@ def _number(name: str, value: Any, lowest: int, highest: int) -> int:
     return value
 
 
-def _decode_options_beside(beside: dict[str, Any]) -> dict[str, OptionValue]:
+def decode_options_beside(beside: dict[str, Any]) -> dict[str, OptionValue]:
     options: dict[str, OptionValue] = {}
     for name, value in beside.items():
         row = BY_NAME.get(name)

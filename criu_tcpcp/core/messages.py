@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 from .errors import ProtocolError
 from .state import MAX_CARRIED
 
-PROTOCOL = 7  # one more for every message, field or meaning that is new
+PROTOCOL = 8  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
@@ -111,6 +111,8 @@ class Refused(Message):
 
 @dataclass(frozen=True)
 class Prepare(Message):
+    """The connection's image; of a UDP socket `tcp_stream` holds its queue (image.py)."""
+
     kind = 5
     limit = MAX_FRAME
     pass_id: str

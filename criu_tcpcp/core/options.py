@@ -19,6 +19,8 @@ import enum
 import socket
 from dataclasses import dataclass
 
+from .endpoint import Protocol
+
 #: What an option's value looks like in a state: a number, a pair (seconds, microseconds; on, seconds; ...), a name, or
 #: bytes as hexadecimal digits.
 OptionValue = int | tuple[int, int] | str
@@ -72,8 +74,14 @@ class Option:
     write_halved: bool = False
     mask: int = -1
 
+    def is_of(self, protocol: Protocol) -> bool:
+        """A socket of this protocol has it."""
+        return self.level not in _OWN_LEVELS or self.level == protocol
+
 
 _SOCKET, _TCP, _IP, _IP6 = socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6
+_UDP = socket.IPPROTO_UDP
+_OWN_LEVELS = frozenset({_TCP, _UDP})
 _EARLY, _LATE, _RUNNING = When.BEFORE_BIND, When.CONNECTED, When.RUNNING
 
 # Numbers: asm-generic/socket.h, linux/tcp.h, linux/in.h, linux/in6.h. The order is that of writing.
@@ -261,11 +269,31 @@ BUFFERS = frozenset({"SO_RCVBUF", "SO_SNDBUF", "TCP_WINDOW_CLAMP"})
 #: What the kernel changes by itself all the time.
 VARYING = frozenset({"SO_RCVBUF", "SO_SNDBUF", "TCP_WINDOW_CLAMP", "TCP_QUICKACK"})
 
-BY_NAME = {option.name: option for option in TABLE}
+#: What UDP sockets have beside the rows above that are not TCP's own. Numbers: linux/udp.h, too.
+DATAGRAM_TABLE: tuple[Option, ...] = (
+    Option("SO_RXQ_OVFL", _SOCKET, 40, _LATE, missing=Missing.REPORT),
+    Option("IP_RECVORIGDSTADDR", _IP, 20, _LATE, missing=Missing.REPORT),
+    Option("IP_RECVFRAGSIZE", _IP, 25, _LATE, missing=Missing.REPORT),
+    Option("IP_MULTICAST_TTL", _IP, 33, _LATE, missing=Missing.REPORT),
+    Option("IP_MULTICAST_LOOP", _IP, 34, _LATE, missing=Missing.REPORT),
+    Option("IPV6_MULTICAST_HOPS", _IP6, 18, _LATE, missing=Missing.REPORT, ip_version=6),
+    Option("IPV6_MULTICAST_LOOP", _IP6, 19, _LATE, missing=Missing.REPORT, ip_version=6),
+    Option("IPV6_RECVPATHMTU", _IP6, 60, _LATE, missing=Missing.REPORT, ip_version=6),
+    Option("IPV6_DONTFRAG", _IP6, 62, _LATE, ip_version=6),
+    Option("UDP_SEGMENT", _UDP, 103, _LATE),
+    Option("UDP_GRO", _UDP, 104, _LATE),
+    Option("UDP_NO_CHECK6_TX", _UDP, 101, _LATE, ip_version=6),
+    Option("UDP_NO_CHECK6_RX", _UDP, 102, _LATE, ip_version=6),
+    Option("UDP_CORK", _UDP, 1, _RUNNING),
+)
+
+BY_NAME = {option.name: option for option in TABLE + DATAGRAM_TABLE}
 
 
-def applying(socket_family: int, when: When | None = None) -> tuple[Option, ...]:
-    """The rows for a socket of this family, in order; those of one point of the restore if `when` is given."""
-    return tuple(option for option in TABLE
-                 if (option.ip_version is None or socket_family == socket.AF_INET6)
+def applying(socket_family: int, when: When | None = None, protocol: Protocol = Protocol.TCP) -> tuple[Option, ...]:
+    """The rows for a socket of this family and protocol, in order; those of one point of the restore if `when` is
+    given."""
+    rows = TABLE if protocol is Protocol.TCP else TABLE + DATAGRAM_TABLE
+    return tuple(option for option in rows if option.is_of(protocol)
+                 and (option.ip_version is None or socket_family == socket.AF_INET6)
                  and (when is None or when in (option.when, option.again)))

@@ -1,7 +1,8 @@
 """Who may pass which connection into which program: the rules, and the decision. Pure; ../policy.py reads the file.
 
 Each rule allows something, none forbids, and what no rule allows is denied: so a rule that is taken away never allows
-more. A rule names everything that it allows. "any" has to be said; what is left out is an error, not a permission.
+more. A rule names everything that it allows. "any" has to be said; what is left out is an error, not a permission. Only
+`protocols` may be left out, and then TCP alone is allowed: rules were written before there was another.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .endpoint import Flow, IPAddress
+from .endpoint import Flow, IPAddress, Protocol
 from .errors import Refused
 
 ANY = "any"
@@ -51,10 +52,12 @@ class Rule:
     executables: frozenset[str] | None
     ports: tuple[range, ...] | None
     limit: int
+    protocols: frozenset[Protocol] = frozenset({Protocol.TCP})
 
     def objections(self, key: str, flow: Flow, taker: Taker) -> list[str]:
         """What of the question the rule does not allow."""
         found = {f"the key {key}": key in self.keys,
+                 f"the protocol {flow.protocol.label}": flow.protocol in self.protocols,
                  f"the local address {flow.local.address}": _within(self.local, flow.local.address),
                  f"the local port {flow.local.port}": _among(self.local_ports, flow.local.port),
                  f"the peer {flow.peer.address}": _within(self.peers, flow.peer.address),
@@ -138,18 +141,21 @@ def _rule(name: str, table: Any, uid_of: Callable[[str], int], path_of: Callable
         "keys": _key, "local": _network, "local-ports": _ports, "peers": _network, "peer-ports": _ports,
         "users": lambda place, value: _user(place, value, uid_of),
         "executables": lambda place, value: _executable(place, value, path_of), "ports": _ports}
-    for field_name in [*(one for one in table if one not in (*readers, "limit")),
+    optional: dict[str, Callable[[str, Any], Any]] = {"protocols": _protocol}
+    for field_name in [*(one for one in table if one not in (*readers, *optional, "limit")),
                        *(one for one in (*readers, "limit") if one not in table)]:
         what = "is no field of a rule" if field_name in table else "is missing"
-        raise Refused(f"{place}: {field_name!r:.80} {what}", hint=", ".join((*readers, "limit")))
-    values = {one: _several(f"{place}.{one}", table[one], reader) for one, reader in readers.items()}
+        raise Refused(f"{place}: {field_name!r:.80} {what}", hint=", ".join((*readers, *optional, "limit")))
+    values = {one: _several(f"{place}.{one}", table.get(one, [Protocol.TCP.label]), reader)
+              for one, reader in (readers | optional).items()}
     if values["keys"] is None:
         raise Refused(f"{place}.keys: keys have to be named")
     limit = table["limit"]
     if type(limit) is not int or not 0 < limit <= _MOST_AT_ONCE:
         raise Refused(f"{place}.limit: {limit!r:.80} is not a number of connections (1 to {_MOST_AT_ONCE})")
     return Rule(name, frozenset(values["keys"]), values["local"], values["local-ports"], values["peers"],
-                values["peer-ports"], _set(values["users"]), _set(values["executables"]), values["ports"], limit)
+                values["peer-ports"], _set(values["users"]), _set(values["executables"]), values["ports"], limit,
+                frozenset(values["protocols"] or Protocol))
 
 
 def _set(values: tuple[Any, ...] | None) -> frozenset[Any] | None:
@@ -166,6 +172,13 @@ def _several(place: str, value: Any, reader: Callable[[str, Any], Any]) -> tuple
 
 def _key(place: str, value: Any) -> str:
     return check_name(place, value)
+
+
+def _protocol(place: str, value: Any) -> Protocol:
+    known = {one.label: one for one in Protocol}
+    if type(value) is not str or value not in known:
+        raise Refused(f"{place}: {value!r:.80} is not a protocol that is passed", hint=", ".join(known))
+    return known[value]
 
 
 def _network(place: str, value: Any) -> Network:

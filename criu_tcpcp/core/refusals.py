@@ -31,6 +31,9 @@ class Refusal(enum.StrEnum):
     IO_URING = "io-uring"
     NOT_ALLOWED = "not-allowed"
     MINIMAL_TTL = "minimal-ttl"
+    NO_PEER = "no-peer"
+    CORKED = "corked"
+    PENDING_ERROR = "pending-error"
 
     IN_USE = "in-use"
     CONNTRACK = "conntrack"

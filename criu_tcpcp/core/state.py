@@ -183,12 +183,17 @@ class ConnectionState:
 def fitted(state: ConnectionState, own: Mapping[str, OptionValue], ipv6_socket: bool) -> ConnectionState:
     """The state for a socket that a program has set up already: it keeps the options that are the program's affair
     (`own`), and its family (`ipv6_socket`), in which an IPv4 connection is v4-mapped."""
-    options = dict(state.options)
-    for name, value in own.items():
-        carried = options.get(name)
-        if name in BUFFERS and isinstance(value, int) and isinstance(carried, int):
-            options[name] = max(value, carried)
-        elif name not in ON_THE_WIRE or carried is None:
-            options[name] = value
     flow = replace(state.flow, mapped=ipv6_socket and state.flow.ip_version == 4)
-    return replace(state, flow=flow, options=options)
+    return replace(state, flow=flow, options=fitted_options(state.options, own))
+
+
+def fitted_options(carried: Mapping[str, OptionValue], own: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
+    """Those of a socket that has some of its `own`."""
+    options = dict(carried)
+    for name, value in own.items():
+        wanted = options.get(name)
+        if name in BUFFERS and isinstance(value, int) and isinstance(wanted, int):
+            options[name] = max(value, wanted)
+        elif name not in ON_THE_WIRE or wanted is None:
+            options[name] = value
+    return options

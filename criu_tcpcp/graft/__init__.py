@@ -11,9 +11,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+from typing import Protocol as Interface
 
-from ..core.endpoint import Flow
+from ..core.endpoint import Flow, Protocol
 from ..core.errors import Refused, UsageError
 from ..core.options import OptionValue
 from ..core.policy import Taker
@@ -60,7 +61,7 @@ class Vessel:
     own: bool
 
 
-class Graft(Protocol):
+class Graft(Interface):
     """One way in, for one pass. `way`: what `find` takes to find it again. `taker`: the process that the connection is
     for; its number is 0 where it is not known here (another pid namespace), or not yet. `takers`: what is to be known
     of it, and before that of each that it could be."""
@@ -111,8 +112,12 @@ def find(into: str, flow: Flow) -> Graft:
     from . import in_place, to_accept, to_descriptor, to_new_descriptor, to_receiver, to_replaced
     check_name(into)
     kind, _, rest = into.partition(":")
+    protocol = flow.protocol
     if kind == "receiver":
-        return to_receiver.at_path(rest) if rest else to_receiver.for_port(flow.local.port)
+        return to_receiver.at_path(rest, protocol) if rest else to_receiver.for_port(flow.local.port, protocol)
+    if kind in ("accept", "listen") and protocol is not Protocol.TCP:
+        raise Refused(f"--into {kind}: in {protocol.label} a server accepts nothing that could become the connection",
+                      hint="--into receiver[:PATH], or pid:PID[:FD] for a program that can be told of a descriptor")
     if kind == "accept":
         return to_accept.of_process(int(rest), flow)
     if kind == "listen":
@@ -124,11 +129,18 @@ def find(into: str, flow: Flow) -> Graft:
         in_place.check_program(int(pid))
         if not to_descriptor.is_tcp(int(pid), int(descriptor)):
             return to_replaced.at(int(pid), int(descriptor))
+        if protocol is not Protocol.TCP:
+            raise Refused(f"descriptor {descriptor} of {in_place.named(int(pid))} is a TCP socket, and the connection "
+                          f"is {protocol.label}", hint="--into pid:PID makes a new descriptor")
         return to_descriptor.at(int(pid), int(descriptor), flow)
     port = flow.local.port
-    found = to_receiver.try_port(port)
+    found = to_receiver.try_port(port, protocol)
     if found is not None:
         return found
+    if protocol is not Protocol.TCP:
+        raise Refused(f"nothing at the destination takes connections of {to_receiver.name_of(port, protocol)}",
+                      hint=f"an application there that makes {to_receiver.call_for(port, protocol)}; or --into "
+                           "receiver:PATH or pid:PID[:FD]")
     if to_accept.listens(port):
         return to_accept.at_port(port, flow)
     raise Refused(f"nothing at the destination takes connections of port {port}",

@@ -22,13 +22,12 @@ import signal
 import socket
 from collections.abc import Iterable, Iterator
 
-from ..core import tcp
+from .. import endpoints
 from ..core.endpoint import Flow
 from ..core.errors import KernelError, LinkError, Refused
 from ..core.policy import NO_PORT, Taker
-from ..core.tcp import TcpState
 from ..journal import Journal
-from ..kernel import injection, netns, process, repair, sockopt, syscalls, tcpinfo
+from ..kernel import injection, netns, process, sockopt, syscalls, tcpinfo
 from ..kernel.process import Identity
 from ..kernel.tracee import Tracee
 from . import Ground, Reclaimed, Vessel, replacing, taker_of
@@ -167,8 +166,7 @@ class ProgramSocket:
         """Whatever the socket was connected to is given up, without a packet."""
         options = sockopt.read_all(self.sock)
         self.is_emptied = True
-        repair.end_silently(self.sock)
-        self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        endpoints.of_socket(self.sock).empty(self.sock)
         return Vessel(self.sock, options, own=True)
 
     def brace(self, unwritten: bool) -> None:
@@ -200,9 +198,9 @@ class ProgramSocket:
                         self.take()
                     except (Refused, KernelError):  # it cannot be stopped: then it runs on meanwhile
                         self._sock = self._borrow()
-                if not unless_untouched or repair.is_in_repair(self.sock) \
-                        or tcpinfo.read(self.sock).state is TcpState.CLOSE:
-                    repair.end_as_eof(self.sock)
+                endpoint = endpoints.of_socket(self.sock)
+                if not unless_untouched or endpoint.is_dormant(self.sock) or endpoint.is_empty(self.sock):
+                    endpoint.take_away(self.sock)
                     self._take_out()
             finally:
                 self.resume()
@@ -311,13 +309,14 @@ class IntoProgram:
                 raise ended from None
             return Reclaimed()
         self.taker = taken.program
-        if tcpinfo.read(taken.sock).state not in tcp.PASSABLE_STATES:  # never alive, or ended
+        endpoint = endpoints.of_socket(taken.sock)
+        if not endpoint.is_alive(taken.sock):  # never, or it has ended
             taken.is_injected = taken.is_injected and not was_alive  # the program may have been told of it
             taken.end()
             if was_alive:
                 raise ended
             return Reclaimed()
-        if not repair.is_in_repair(taken.sock) and not taken.was_left_stopped:
+        if not endpoint.is_dormant(taken.sock) and not taken.was_left_stopped:
             taken.resume()
             return Reclaimed(delivered=was_alive)
         return Reclaimed(taken.sock, own=True)

@@ -1,4 +1,4 @@
-"""Into a program that has no descriptor for it: it makes a TCP socket (kernel/injection.py), and that becomes the
+"""Into a program that has no descriptor for it: it makes a socket (kernel/injection.py), and that becomes the
 connection in place (in_place.py).
 
 Why it makes one, and is not sent one: that takes a single system call, which cannot block, needs no memory of the
@@ -49,7 +49,7 @@ class ToNewDescriptor(IntoProgram):
         pid = self._program.pid
         tracee = injection.stop(pid, _TIMEOUT_S)
         try:
-            with injection.new_socket(tracee, flow.socket_family) as descriptor, \
+            with injection.new_socket(tracee, flow.socket_family, flow.protocol) as descriptor, \
                     in_place.borrow(pid, descriptor) as sock:
                 inode = process.socket_inode(process.descriptors(pid)[descriptor]) or 0
                 made = ProgramSocket(self._program, descriptor, inode, tcpinfo.cookie(sock), is_injected=True)

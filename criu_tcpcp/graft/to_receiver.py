@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import apps
-from ..core.endpoint import Flow
+from ..core.endpoint import Flow, Protocol
 from ..core.errors import LinkError, Refused
 from ..core.policy import NO_PORT, Taker
 from ..journal import Journal
@@ -52,7 +52,7 @@ class ToReceiver:
         if ground.prologue is not None:
             raise Refused("a receiver takes no prologue: it has the connection from a pass, and knows so",
                           hint="--app-state FILE hands it what it needs; or --into accept:PID")
-        sock = socket.socket(flow.socket_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock = socket.socket(flow.socket_family, flow.protocol.socket_type | socket.SOCK_CLOEXEC)
         self._vessel = Vessel(sock, sockopt.read_all(sock), own=False)
 
     def vessel(self, flow: Flow) -> Vessel:
@@ -114,7 +114,7 @@ class ToReceiver:
                 os.close(descriptor)
             return Reclaimed(delivered=answer.get("op") == "delivered")
         try:
-            return Reclaimed(apps.tcp_socket(descriptors[0]))
+            return Reclaimed(apps.connection_socket(descriptors[0]))
         except apps.Gone as error:
             raise Refused(f"{self.description} does not give the connection back: {error}") from None
 
@@ -124,29 +124,39 @@ class ToReceiver:
             self._vessel.sock.close()
 
 
-def at_path(path: str) -> ToReceiver:
-    """The receiver that listens at a path. Refused where there is none."""
+def at_path(path: str, protocol: Protocol) -> ToReceiver:
+    """The receiver that listens at a path. Refused where there is none for connections of this protocol."""
     try:
-        return _open(Path(path), NO_PORT)
+        return _open(Path(path), NO_PORT, protocol)
     except apps.Gone as error:
         raise Refused(f"no receiver listens at {path} at the destination: {error}") from None
 
 
-def for_port(port: int) -> ToReceiver:
+def for_port(port: int, protocol: Protocol) -> ToReceiver:
     """The receiver that is registered for a local port. Refused where there is none, or more than one."""
-    found = try_port(port)
+    found = try_port(port, protocol)
     if found is None:
-        raise Refused(f"no receiver is registered at the destination for port {port}",
-                      hint=f"an application there makes one with criu_tcpcp.Receiver(port={port})")
+        raise Refused(f"no receiver is registered at the destination for {name_of(port, protocol)}",
+                      hint=f"an application there makes one with {call_for(port, protocol)}")
     return found
 
 
-def try_port(port: int) -> ToReceiver | None:
+def name_of(port: int, protocol: Protocol) -> str:
+    return f"port {port}" if protocol is Protocol.TCP else f"{protocol.label} port {port}"
+
+
+def call_for(port: int, protocol: Protocol) -> str:
+    """How an application makes one."""
+    said = "" if protocol is Protocol.TCP else f', protocol="{protocol.label}"'
+    return f"criu_tcpcp.Receiver(port={port}{said})"
+
+
+def try_port(port: int, protocol: Protocol) -> ToReceiver | None:
     """As `for_port`, but None where there is none."""
     found = []
-    for path in apps.receivers(port):
+    for path in apps.receivers(port, protocol):
         try:
-            found.append(_open(path, port))
+            found.append(_open(path, port, protocol))
         except apps.Gone:
             continue
     allowed = [one for one in found if port >= _PRIVILEGED_PORTS or one.uid == 0]
@@ -154,16 +164,18 @@ def try_port(port: int) -> ToReceiver | None:
         if one not in allowed or len(allowed) > 1:
             one.close()
     if len(allowed) > 1:
-        raise Refused(f"several receivers are registered at the destination for port {port}",
+        raise Refused(f"several receivers are registered at the destination for {name_of(port, protocol)}",
                       hint="name one: " + " or ".join(f"--into receiver:{one.path}" for one in allowed[:4]))
     return allowed[0] if allowed else None
 
 
-def _open(path: Path, port: int) -> ToReceiver:
+def _open(path: Path, port: int, protocol: Protocol) -> ToReceiver:
     """Raises Gone where nobody answers: an application that hangs is found before anything is stopped."""
     conversation = apps.connect(path, _TIMEOUT_S)
     try:
-        conversation.ask({"op": "ping"})
+        takes = conversation.ask({"op": "ping"})[0].get("protocol", Protocol.TCP.label)
+        if takes != protocol.label:
+            raise apps.Gone(f"the one there takes other connections than {protocol.label}")
         return ToReceiver(path, conversation, port)
     except apps.Gone:
         conversation.close()

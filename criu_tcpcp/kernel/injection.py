@@ -38,6 +38,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..core.endpoint import Protocol
 from ..core.errors import Refused
 from . import process
 from .syscalls import failing
@@ -113,11 +114,11 @@ def _why_not(tid: int) -> str:
 
 
 @contextlib.contextmanager
-def new_socket(tracee: Tracee, family: int) -> Iterator[int]:
-    """A TCP socket that the stopped program makes: its descriptor, the lowest that is free, close-on-exec. It stays if
+def new_socket(tracee: Tracee, family: int, protocol: Protocol = Protocol.TCP) -> Iterator[int]:
+    """A socket that the stopped program makes: its descriptor, the lowest that is free, close-on-exec. It stays if
     the block ends well; else, and when this process dies in the block, the program closes it. NoThread: try later."""
-    kind = 1 | os.O_CLOEXEC  # SOCK_STREAM | SOCK_CLOEXEC
-    calls = Calls(((_SOCKET, family, kind, 6),), undo=((_CLOSE, RESULT),))
+    kind = int(protocol.socket_type) | os.O_CLOEXEC  # SOCK_CLOEXEC
+    calls = Calls(((_SOCKET, family, kind, int(protocol)),), undo=((_CLOSE, RESULT),))
     with _injected(tracee, calls) as (result,):
         if result == -errno.EMFILE:
             raise Refused(f"process {tracee.pid} has no descriptor left (RLIMIT_NOFILE)")

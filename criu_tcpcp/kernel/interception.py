@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from ..core.endpoint import Flow
+from ..core.endpoint import Flow, Protocol
 from . import netlink, nftables
 from .nfqueue import DROP, PacketQueue
 from .nftables import OUTPUT, Chain, Component, Table
@@ -35,7 +35,7 @@ class Interception:
     def _install(self, flow: Flow) -> None:
         table = Table(self._wire, f"{TABLE}_caught_{os.getpid()}_{self._wire.fileno()}", self._version)
         table.create(nftables.TABLE_OWNER)
-        load = nftables.load_flow(self._version, outgoing=True) + nftables.in_set("caught")
+        load = nftables.load_flow(self._version, Protocol.TCP, outgoing=True) + nftables.in_set("caught")
         ways = (nftables.queue_natively(self._queue.number), nftables.queue_by_xt(self._queue.number))
         table.install_first([Component(self._version, ("caught",), (Chain("caught", OUTPUT, _PRIORITY, (load + way,)),))
                              for way in ways])

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..core.endpoint import Endpoint, Flow
+from ..core.endpoint import Endpoint, Flow, Protocol
 from ..core.errors import KernelError
 from . import netlink
 from .netlink import F_CREATE, F_EXCL, attribute, be16, be32, be64, nested, text
@@ -54,12 +54,12 @@ def element_key(flow: Flow) -> bytes:
     return b"".join(end.address.packed + struct.pack(">Hxx", end.port) for end in (flow.peer, flow.local))
 
 
-def _flow_of_key(key: bytes) -> Flow:
+def _flow_of_key(key: bytes, protocol: Protocol) -> Flow:
     import ipaddress
     half = len(key) // 2
     ends = [Endpoint(ipaddress.ip_address(part[:-4]), struct.unpack(">H", part[-4:-2])[0])
             for part in (key[:half], key[half:])]
-    return Flow(local=ends[1], peer=ends[0])
+    return Flow(local=ends[1], peer=ends[0], protocol=protocol)
 
 
 # -- expressions: each function is one statement of a rule, as `nft --debug=netlink` would print it ------------------
@@ -118,19 +118,23 @@ def ends_connection() -> bytes:
     return _payload(_TRANSPORT, 13, 1, _REG32_12) + mask + _compare(_CMP_NEQ, b"\0")
 
 
-def has_no_flags() -> bytes:
-    """Matches a segment without any flag, which no TCP sends (RFC 9293 3.10.7.4: it is dropped, and not answered)."""
+def is_knock(protocol: Protocol) -> bytes:
+    """Matches what no peer sends, and no socket takes or answers: a TCP segment without any flag (RFC 9293 3.10.7.4), a
+    UDP datagram that says it is shorter than its header (RFC 768)."""
+    if protocol is Protocol.UDP:
+        return _payload(_TRANSPORT, 4, 2, _REG32_12) + _compare(_CMP_EQ, b"\0\0")
     return _payload(_TRANSPORT, 13, 1, _REG32_12) + _compare(_CMP_EQ, b"\0")
 
 
-def load_flow(version: int, *, outgoing: bool = False) -> bytes:
-    """Matches TCP and loads the packet's connection as an element: the source is the peer unless `outgoing`."""
+def load_flow(version: int, protocol: Protocol, *, outgoing: bool = False) -> bytes:
+    """Matches the protocol and loads the packet's connection as an element: the source is the peer unless
+    `outgoing`."""
     width, source, destination = (4, 12, 16) if version == 4 else (16, 8, 24)
     words = width // 4
     ends = [(source, 0), (destination, 2)]
     (peer, peer_port), (local, local_port) = reversed(ends) if outgoing else ends
     first = _REG32_00
-    return (_meta_load(_META_L4PROTO) + _compare(_CMP_EQ, bytes([socket.IPPROTO_TCP]))
+    return (_meta_load(_META_L4PROTO) + _compare(_CMP_EQ, bytes([protocol]))
             + _payload(_NETWORK, peer, width, first) + _payload(_TRANSPORT, peer_port, 2, first + words)
             + _payload(_NETWORK, local, width, first + words + 1)
             + _payload(_TRANSPORT, local_port, 2, first + 2 * words + 1))
@@ -174,6 +178,13 @@ def accept() -> bytes:
     return _verdict(_ACCEPT)
 
 
+def reassemble(version: int) -> bytes:
+    """Never to be reached: as long as a rule has it, the kernel puts the fragments of datagrams together before any
+    rule sees them (net/netfilter/nft_tproxy.c, nft_tproxy_init: nf_defrag_ipv4_enable; CONFIG_NFT_TPROXY)."""
+    port = _immediate(_REG32_00, b"\0\1")
+    return port + _expression("tproxy", be32(1, family(version)), be32(3, _REG32_00))
+
+
 def queue_natively(number: int) -> bytes:
     """nf_tables' own `queue` expression (CONFIG_NFT_QUEUE)."""
     return _expression("queue", be16(1, number), be16(2, 1))
@@ -206,12 +217,14 @@ class Component:
 
 
 class Table:
-    """One table of one family, in the network namespace in which `wire` was opened."""
+    """One table of one family, in the network namespace in which `wire` was opened. `protocol`: of the connections that
+    are in its sets."""
 
-    def __init__(self, wire: netlink.NetlinkSocket, name: str, version: int) -> None:
+    def __init__(self, wire: netlink.NetlinkSocket, name: str, version: int,
+                 protocol: Protocol = Protocol.TCP) -> None:
         self._wire = wire
         self.name = name
-        self.version = version
+        self.version, self.protocol = version, protocol
         self._family = family(version)
 
     def _part(self, kind: int, flags: int, *attributes: bytes) -> tuple[int, int, int, bytes]:
@@ -355,7 +368,7 @@ class Table:
                 for _one, item in netlink.attributes(items)
                 for field, wrapped in netlink.attributes(item) if field == 1
                 for _value_kind, value in netlink.attributes(wrapped)]
-        return [_flow_of_key(key) for key in keys]
+        return [_flow_of_key(key, self.protocol) for key in keys]
 
 
 def _text_of(data: bytes, wanted: int) -> str:

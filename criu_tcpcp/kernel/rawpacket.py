@@ -15,8 +15,10 @@ import struct
 import time
 from dataclasses import dataclass
 
-from ..core.endpoint import Endpoint, Flow
+from ..core.endpoint import Endpoint, Flow, Protocol
 from ..core.restoreplan import InjectSegment
+from .checksums import checksum, pseudo_header
+from .rawdatagram import build_knock
 from .syscalls import check, failing, libc
 
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
@@ -25,16 +27,6 @@ _ETH_P_IP, _ETH_P_IPV6 = 0x0800, 0x86DD
 _ETH_P_ALL = 3  # what a host sends itself is shown to taps of all protocols only (net/core/dev.c dev_queue_xmit_nit)
 _PACKET_OUTGOING = 4
 _SKF_AD_OFF, _SKF_AD_PROTOCOL, _SKF_AD_PKTTYPE = 0xFFFFF000, 0, 4  # linux/filter.h
-
-
-def checksum(data: bytes) -> int:
-    """RFC 1071."""
-    if len(data) % 2:
-        data += b"\0"
-    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
 
 
 def build_segment(source: Endpoint, destination: Endpoint, *, sequence: int, acknowledgement: int, flags: int,
@@ -46,10 +38,7 @@ def build_segment(source: Endpoint, destination: Endpoint, *, sequence: int, ack
                        0, 0)
     length = len(head) + len(options) + len(payload)
     pair = source.address.packed + destination.address.packed
-    if source.address.version == 4:
-        pseudo = pair + struct.pack(">BBH", 0, socket.IPPROTO_TCP, length)
-    else:
-        pseudo = pair + struct.pack(">IHBB", length, 0, 0, socket.IPPROTO_TCP)
+    pseudo = pseudo_header(source, destination, socket.IPPROTO_TCP, length)
     total = checksum(pseudo + head + options + payload)
     segment = head[:16] + struct.pack(">H", total) + head[18:] + options + payload
     if source.address.version == 4:  # the kernel fills in the header's checksum and, where it is 0, the identification
@@ -118,9 +107,10 @@ class Injector:
                                        flags=ACK, window=0, payload=payload))
 
     def knock(self, flow: Flow) -> None:
-        """Show a segment of the flow without any flag to this host's rules (kernel/rules.py, `gate`), which let it go
-        no further. A socket would ignore it."""
-        packet = build_segment(flow.peer, flow.local, sequence=0, acknowledgement=0, flags=0, window=0)
+        """Show this host's rules a packet of the flow that no peer sends (kernel/rules.py, `gate`); they let it go no
+        further. A socket would ignore it."""
+        packet = (build_knock(flow.peer, flow.local) if flow.protocol is Protocol.UDP else
+                  build_segment(flow.peer, flow.local, sequence=0, acknowledgement=0, flags=0, window=0))
         with contextlib.suppress(OSError):  # EPERM is what a rule drops; without the knock the hold ends all the same
             self._socket.sendto(packet, (str(flow.local.address), 0))
 
@@ -130,8 +120,12 @@ class Injector:
         self._send(flow, build_segment(flow.peer, flow.local, sequence=sequence, acknowledgement=acknowledgement,
                                        flags=flags, window=65535, payload=payload))
 
+    def hand_over(self, flow: Flow, packet: bytes) -> None:
+        """Give any whole packet of the peer's to the local end of the flow."""
+        self._send(flow, packet)
+
     def _send(self, flow: Flow, packet: bytes) -> None:
-        with failing("send of a made segment"):
+        with failing("send of a made packet"):
             self._socket.sendto(packet, (str(flow.local.address), 0))
 
     def close(self) -> None:

@@ -3,11 +3,12 @@
     table criu_tcpcp_hold_PID_N `flags owner`: gone with the keeper, whatever ends it
         held         prerouting -300   incoming packets of these connections wait in the keeper's packet queue, and
                                        `arrived` says that one came
-        gate         output -301       a segment of the tool's own without flags ends the hold if none came since the
-                                       last such segment, and goes nowhere
+        gate         output -301       a packet of the tool's own that no peer sends ends the hold if none came since
+                                       the last such packet, and goes nowhere
         silent       output -300       what this host sends for these connections is dropped
-    table criu_tcpcp            stands until its last connection is released
-        tunnelled    prerouting -310   of what comes out of our tunnels (tunnel.py), only these connections go on
+    table criu_tcpcp            stands until its last connection is released (criu_tcpcp_udp: those of UDP)
+        tunnelled    prerouting -310   of what comes out of our tunnels (tunnel.py), only these connections go on, and
+                                       of UDP those in a set beside it
         moved_*      prerouting -299   go to the next hop in the set's name, and no further
         fenced       prerouting -298   dropped, and dropped in output: this host does not speak for these connections
         diverted     prerouting -150   are for this host though their address is not: marked, so that a routing rule
@@ -18,10 +19,11 @@ same way as those that come later, so a switch is one element added, and nothing
 before what comes needs one more thing: the hold may end only at an instant at which nothing waits, and a command that
 asks first and removes the element then is too late by some 0.1 ms. So the kernel asks itself, as a packet of ours goes
 by (`gate`), some 0.02 ms after the queue was last emptied. Packets that the tool hands to a local socket carry `MARK`
-and pass by all the rest.
+and pass by all the rest. Of UDP the rules see whole datagrams only (`_whole`), which are cut again as they leave.
 
 Elements live `LIFETIME_S` from their last packet, `CLOSING_S` once one of them carried FIN or RST: an idle connection
-must not lose its rules, or the old host would answer the next packet with a RST.
+must not lose its rules, or the old host would answer the next packet with a RST. Nothing in UDP says that it ends: its
+elements live on, and go once its socket is gone, with `release`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 
-from ..core.endpoint import Endpoint, Flow, IPAddress
+from ..core.endpoint import Endpoint, Flow, IPAddress, Protocol
 from ..core.errors import KernelError
 from . import netlink, nftables
 from .nftables import OUTPUT, PREROUTING, Chain, Component, Table
@@ -47,6 +49,7 @@ CLOSING_S = 600
 _SWEEPS = 20  # by other commands, at the very moments at which something is added
 TUNNELS = "tcpcpx"  # how the names of our tunnels' devices begin
 _FENCED, _DIVERTED, _MOVED, _TUNNELLED = "fenced", "diverted", "moved_", "tunnelled"
+_TUNNELLED_SETS = {Protocol.TCP: _TUNNELLED, Protocol.UDP: f"{_TUNNELLED}_udp"}
 _ANYWHERE: dict[int, IPAddress] = {4: ipaddress.IPv4Address(0), 6: ipaddress.IPv6Address(0)}
 
 
@@ -65,12 +68,12 @@ def marks_are_inherited() -> bool:
 class Silence:
     """Nothing leaves this host for these connections, for as long as this object, or its process, lives."""
 
-    def __init__(self, ip_version: int) -> None:
+    def __init__(self, ip_version: int, protocol: Protocol = Protocol.TCP) -> None:
         self._wire = netlink.NetlinkSocket()
-        self._table = Table(self._wire, f"{TABLE}_silent_{os.getpid()}_{self._wire.fileno()}", ip_version)
+        self._table = Table(self._wire, f"{TABLE}_silent_{os.getpid()}_{self._wire.fileno()}", ip_version, protocol)
         try:
             self._table.create(nftables.TABLE_OWNER)
-            self._table.install(Component(ip_version, ("silent",), (_output_drop("silent", "silent", ip_version),)))
+            self._table.install(_silent_component(self._table))
         except BaseException:
             self.close()
             raise
@@ -87,31 +90,33 @@ class Hold:
     """Packets of the chosen connections wait, instead of reaching the socket; and nothing leaves for a connection that
     is silenced. Made before the freeze."""
 
-    def __init__(self, ip_version: int, queue_number: int) -> None:
+    def __init__(self, ip_version: int, queue_number: int, protocol: Protocol = Protocol.TCP) -> None:
         self._wire = netlink.NetlinkSocket()
-        self._table = Table(self._wire, f"{TABLE}_hold_{os.getpid()}_{self._wire.fileno()}", ip_version)
+        self._table = Table(self._wire, f"{TABLE}_hold_{os.getpid()}_{self._wire.fileno()}", ip_version, protocol)
         self.queues = True
         try:
             self._table.create(nftables.TABLE_OWNER)
-            self._install(ip_version, queue_number)
-            self._table.install(Component(ip_version, ("silent",), (_output_drop("silent", "silent", ip_version),)))
+            self._install(queue_number)
+            self._table.install(_silent_component(self._table))
         except BaseException:
             self.close()
             raise
 
-    def _install(self, version: int, number: int) -> None:
+    def _install(self, number: int) -> None:
         """By `queue`, the xt target, or dropping (the peer sends again)."""
-        ours = nftables.mark_is(MARK) + nftables.has_no_flags() + nftables.load_flow(version)
+        version, protocol = self._table.version, self._table.protocol
+        load = nftables.load_flow(version, protocol)
+        ours = nftables.mark_is(MARK) + nftables.is_knock(protocol) + load
         gate = Chain("gate", OUTPUT, -301, (
             ours + nftables.in_set("arrived") + nftables.take_out("arrived") + nftables.drop(),
             ours + nftables.take_out("held") + nftables.drop()))
         # Looked for again behind the note, or the gate could open between look-up and note.
-        held = (nftables.load_flow(version) + nftables.in_set("held") + nftables.put_in("arrived")
-                + nftables.in_set("held"))
+        held = load + nftables.in_set("held") + nftables.put_in("arrived") + nftables.in_set("held")
         ways = (nftables.queue_natively(number), nftables.queue_by_xt(number), nftables.drop())
         taken = self._table.install_first([
             Component(version, ("held", "arrived"), (
-                Chain("held", PREROUTING, -300, (nftables.mark_is(MARK) + nftables.accept(), held + way)), gate))
+                Chain("held", PREROUTING, -300, (nftables.mark_is(MARK) + nftables.accept(), held + way,
+                                                 *_whole(version, protocol))), gate))
             for way in ways])
         self.queues = ways[taken] != nftables.drop()
 
@@ -135,70 +140,103 @@ class Hold:
         self._wire.close()
 
 
-def _output_drop(name: str, set_name: str, version: int) -> Chain:
+def _output_drop(name: str, set_name: str, version: int, protocol: Protocol) -> Chain:
     """What this host sends for the connections in the set is dropped, but for what the tool itself sends."""
     return Chain(name, OUTPUT, -300, (
         nftables.mark_is(MARK) + nftables.accept(),
-        nftables.load_flow(version, outgoing=True) + nftables.in_set(set_name) + nftables.drop()))
+        nftables.load_flow(version, protocol, outgoing=True) + nftables.in_set(set_name) + nftables.drop()))
+
+
+def _silent_component(table: Table) -> Component:
+    return Component(table.version, ("silent",), (_output_drop("silent", "silent", table.version, table.protocol),))
 
 
 # The lasting components. Making one takes longer than adding an element to it: each is made once.
 
 @functools.cache
-def _fence_component(version: int) -> Component:
+def _fence_component(version: int, protocol: Protocol) -> Component:
     return Component(version, (_FENCED,), (
         Chain("fence_input", PREROUTING, -298, (
             nftables.mark_is(MARK) + nftables.accept(),
-            nftables.load_flow(version) + nftables.in_set(_FENCED) + nftables.refresh(_FENCED, LIFETIME_S)
-            + nftables.drop())),
-        _output_drop("fence_output", _FENCED, version)))
+            nftables.load_flow(version, protocol) + nftables.in_set(_FENCED) + nftables.refresh(_FENCED, LIFETIME_S)
+            + nftables.drop(), *_whole(version, protocol))),
+        _output_drop("fence_output", _FENCED, version, protocol)))
 
 
 @functools.lru_cache(maxsize=64)
-def _moved_component(version: int, nexthop: IPAddress, interface: int, name: str = "") -> Component:
+def _moved_component(version: int, protocol: Protocol, nexthop: IPAddress, interface: int,
+                     name: str = "") -> Component:
     name = name or f"{_MOVED}{str(nexthop).replace('.', '_').replace(':', '_')}_if{interface}"
-    closing = f"{name}_closing"
-    load = nftables.load_flow(version)
     away = nftables.duplicate(nexthop.packed, interface) + nftables.drop()
-    short = nftables.refresh(name, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
-    return Component(version, (name, closing), (Chain(name, PREROUTING, -299, (
-        nftables.mark_is(MARK) + nftables.accept(),
-        load + nftables.in_set(closing) + short + away,
-        load + nftables.in_set(name) + nftables.ends_connection() + short + away,
-        load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + away)),))
+    return _living_component(version, protocol, name, -299, away)
 
 
 @functools.cache
-def _divert_component(version: int) -> Component:
-    closing = f"{_DIVERTED}_closing"
-    load, mark = nftables.load_flow(version), nftables.set_mark(MARK)
-    short = nftables.refresh(_DIVERTED, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
-    return Component(version, (_DIVERTED, closing), (Chain(_DIVERTED, PREROUTING, -150, (
+def _divert_component(version: int, protocol: Protocol) -> Component:
+    return _living_component(version, protocol, _DIVERTED, -150, nftables.set_mark(MARK) + nftables.accept())
+
+
+def _living_component(version: int, protocol: Protocol, name: str, priority: int, way: bytes) -> Component:
+    """Incoming packets of the connections in the set `name` go the way, and their elements live as long as they come;
+    shorter once one has said that its connection ends, where the protocol has a word for that."""
+    closing = f"{name}_closing"
+    load = nftables.load_flow(version, protocol)
+    short = nftables.refresh(name, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
+    ending = (load + nftables.in_set(closing) + short + way,
+              load + nftables.in_set(name) + nftables.ends_connection() + short + way)
+    return Component(version, (name, closing), (Chain(name, PREROUTING, priority, (
         nftables.mark_is(MARK) + nftables.accept(),
-        load + nftables.in_set(closing) + short + mark + nftables.accept(),
-        load + nftables.in_set(_DIVERTED) + nftables.ends_connection() + short + mark + nftables.accept(),
-        load + nftables.in_set(_DIVERTED) + nftables.refresh(_DIVERTED, LIFETIME_S) + mark + nftables.accept())),))
+        *(ending if protocol is Protocol.TCP else ()),
+        load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + way, *_whole(version, protocol))),))
+
+
+def _whole(version: int, protocol: Protocol) -> tuple[bytes, ...]:
+    """A last rule, for a protocol whose packets come in fragments, of which only the first names the ports."""
+    if protocol is Protocol.TCP or not reassembles(version):
+        return ()
+    return (nftables.accept() + nftables.reassemble(version),)
+
+
+@functools.cache
+def reassembles(ip_version: int) -> bool:
+    """This kernel can be made to put fragments together before our rules see them."""
+    wire = netlink.NetlinkSocket()
+    try:
+        table = Table(wire, f"{TABLE}_whole_{os.getpid()}_{wire.fileno()}", ip_version)
+        table.create(nftables.TABLE_OWNER)
+        rule = nftables.accept() + nftables.reassemble(ip_version)
+        table.install(Component(ip_version, ("whole",), (Chain("whole", PREROUTING, -300, (rule,)),)))
+        return True
+    except KernelError:
+        return False
+    finally:
+        wire.close()
 
 
 @functools.cache
 def _tunnelled_component(version: int) -> Component:
     """A tunnel's other end can wrap what it likes, from whomever: nothing else of it comes in. What is for the link
-    itself may: by that the tunnel is tried."""
+    itself may: by that the tunnel is tried. One for all protocols, since what it does not know goes no further."""
     ours = nftables.comes_by(TUNNELS)
-    return Component(version, (_TUNNELLED,), (Chain(_TUNNELLED, PREROUTING, -310, (
+    return Component(version, tuple(_TUNNELLED_SETS.values()), (Chain(_TUNNELLED, PREROUTING, -310, (
         ours + nftables.is_for_link_local(version) + nftables.accept(),
-        ours + nftables.load_flow(version) + nftables.in_set(_TUNNELLED) + nftables.refresh(_TUNNELLED, LIFETIME_S)
-        + nftables.accept(),
+        *(ours + nftables.load_flow(version, protocol) + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S)
+          + nftables.accept() for protocol, name in _TUNNELLED_SETS.items()),
         ours + nftables.drop())),))
 
 
 class HostRules:
-    """The lasting table of one IP version, in the network namespace of the thread that makes this."""
+    """The lasting table of one IP version and protocol, in the network namespace of the thread that makes this."""
 
-    def __init__(self, ip_version: int) -> None:
-        self.version = ip_version
+    def __init__(self, ip_version: int, protocol: Protocol = Protocol.TCP) -> None:
+        self.version, self.protocol = ip_version, protocol
         self._wire = netlink.NetlinkSocket()
-        self._table = Table(self._wire, TABLE, ip_version)
+        self._table = self._table_of(protocol)
+        self._guard = Table(self._wire, TABLE, ip_version, protocol)  # what is of one protocol and kept for all
+
+    def _table_of(self, protocol: Protocol) -> Table:
+        suffix = "" if protocol is Protocol.TCP else f"_{protocol.label}"
+        return Table(self._wire, f"{TABLE}{suffix}", self.version, protocol)
 
     def close(self) -> None:
         self._wire.close()
@@ -208,12 +246,13 @@ class HostRules:
     def prepare_fence(self) -> None:
         """Make what `fence` needs, so that within the freeze it is one element. The first removal of an element in a
         network namespace takes 2 ms, all later ones 0.1: it is done here, on a connection that nobody has."""
-        nobody = Flow(Endpoint(_ANYWHERE[self.version], os.getpid() % 65535 + 1), Endpoint(_ANYWHERE[self.version], 1))
-        self._add(_fence_component(self.version), nobody)
+        nobody = Flow(Endpoint(_ANYWHERE[self.version], os.getpid() % 65535 + 1), Endpoint(_ANYWHERE[self.version], 1),
+                      protocol=self.protocol)
+        self._add(_fence_component(self.version, self.protocol), nobody)
         self._table.remove(_FENCED, nobody)
 
     def fence(self, flow: Flow) -> None:
-        self._add(_fence_component(self.version), flow)
+        self._add(_fence_component(self.version, self.protocol), flow)
 
     def is_fenced(self, flow: Flow) -> bool:
         return self._table.contains(_FENCED, flow)
@@ -225,12 +264,12 @@ class HostRules:
 
     def prepare_move(self, nexthop: IPAddress, interface: int) -> str:
         """Make what `move` needs for this next hop on this link; returns the name of the set."""
-        component = _moved_component(self.version, nexthop, interface)
+        component = _moved_component(self.version, self.protocol, nexthop, interface)
         self._install(component)
         return component.sets[0]
 
     def move(self, flow: Flow, nexthop: IPAddress, interface: int) -> None:
-        self._add(_moved_component(self.version, nexthop, interface), flow)
+        self._add(_moved_component(self.version, self.protocol, nexthop, interface), flow)
 
     def moves_of(self, flow: Flow) -> list[str]:
         """The sets that say where it goes: each behind its `_closing` one, which a FIN may put it into at
@@ -261,7 +300,7 @@ class HostRules:
     # -- divert: packets for an address that this host does not have --------------------------------------------------
 
     def divert(self, flow: Flow) -> None:
-        self._add(_divert_component(self.version), flow)
+        self._add(_divert_component(self.version, self.protocol), flow)
 
     def is_diverted(self, flow: Flow) -> bool:
         return self._table.contains(_DIVERTED, flow)
@@ -270,27 +309,29 @@ class HostRules:
         return self._remove(flow, _DIVERTED)
 
     def diverted_addresses(self) -> set[IPAddress]:
-        """The local addresses that a routing rule is needed for."""
-        return {flow.local.address for flow in self._table.flows(_DIVERTED)}
+        """The local addresses that a routing rule is needed for, whatever is spoken there."""
+        return {flow.local.address for protocol in Protocol for flow in self._table_of(protocol).flows(_DIVERTED)}
 
     # -- tunnelled: out of a tunnel of ours comes nothing but these connections ----------------------------------------
 
     def guard_tunnels(self) -> None:
         """Before there is one."""
-        self._install(_tunnelled_component(self.version))
+        self._install(_tunnelled_component(self.version), self._guard)
 
     def let_out(self, flow: Flow) -> None:
-        self._add(_tunnelled_component(self.version), flow)
+        component, name = _tunnelled_component(self.version), _TUNNELLED_SETS[self.protocol]
+        self._though_swept(lambda: self._guard.add(name, [flow], LIFETIME_S),
+                           lambda: self._install(component, self._guard))
 
     def keep_in(self, flow: Flow) -> bool:
-        return self._table.remove(_TUNNELLED, flow)
+        return self._guard.remove(_TUNNELLED_SETS[self.protocol], flow)
 
     # -- all ----------------------------------------------------------------------------------------------------------
 
-    def _install(self, component: Component) -> None:
+    def _install(self, component: Component, table: Table | None = None) -> None:
         def install() -> None:
-            self._table.create()
-            self._table.install(component)
+            (table or self._table).create()
+            (table or self._table).install(component)
         self._though_swept(install, install)
 
     def _add(self, component: Component, flow: Flow) -> None:
@@ -320,8 +361,10 @@ class HostRules:
 
     def flows(self) -> dict[str, list[Flow]]:
         """What stands: set name -> connections, for `passes` and `release`."""
-        return {name: flows for name in self._table.set_names()
-                if not name.endswith("_closing") and (flows := self._table.flows(name))}
+        found = {name: flows for name in self._table.set_names() if not name.endswith("_closing")
+                 and name not in _TUNNELLED_SETS.values() and (flows := self._table.flows(name))}
+        tunnelled = self._guard.flows(_TUNNELLED_SETS[self.protocol])
+        return found | ({_TUNNELLED: tunnelled} if tunnelled else {})
 
     def sweep(self) -> bool:
         """Remove what no connection needs; True when nothing stands any more. Safe beside other commands: a component
@@ -330,19 +373,21 @@ class HostRules:
             if name.endswith("_closing"):
                 continue
             if name == _FENCED:
-                self._table.remove_if_unused(_fence_component(self.version))
+                self._table.remove_if_unused(_fence_component(self.version, self.protocol))
             elif name == _DIVERTED:
-                self._table.remove_if_unused(_divert_component(self.version))
-            elif name == _TUNNELLED and not tunnels():
-                self._table.remove_if_unused(_tunnelled_component(self.version))
+                self._table.remove_if_unused(_divert_component(self.version, self.protocol))
             elif name.startswith(_MOVED):
-                self._table.remove_if_unused(_moved_component(self.version, _ANYWHERE[self.version], 1, name))
+                self._table.remove_if_unused(
+                    _moved_component(self.version, self.protocol, _ANYWHERE[self.version], 1, name))
+        if not tunnels():
+            self._guard.remove_if_unused(_tunnelled_component(self.version))
+            self._guard.delete_if_unused()
         return self._table.delete_if_unused()
 
 
 @contextlib.contextmanager
-def host_rules(ip_version: int) -> Iterator[HostRules]:
-    rules = HostRules(ip_version)
+def host_rules(ip_version: int, protocol: Protocol = Protocol.TCP) -> Iterator[HostRules]:
+    rules = HostRules(ip_version, protocol)
     try:
         yield rules
     finally:

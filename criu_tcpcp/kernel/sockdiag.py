@@ -1,5 +1,5 @@
-"""What TCP sockets are in this network namespace: that of exactly this connection, those that listen, all of them
-(sock_diag(7), linux/inet_diag.h).
+"""What TCP and UDP sockets are in this network namespace: that of exactly this connection, those that listen, all of
+them (sock_diag(7), linux/inet_diag.h).
 
 One is asked for in some 30 us, and ten thousand are told of in 0.1 s; nothing is touched. (pyroute2's DiagSocket takes
 a hundred times as long for many.)
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import itertools
 import socket
 import struct
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from ..core import tcp
-from ..core.endpoint import Endpoint, Flow, IPAddress
+from ..core.endpoint import Endpoint, Flow, IPAddress, Protocol
 from ..core.errors import KernelError
 from ..core.tcp import TcpState
 from . import netlink
@@ -84,10 +85,12 @@ class Listener:
 
 @dataclass(frozen=True)
 class Known:
-    """What the kernel tells of a program's TCP socket. `flow`: None where it listens; `unread` bytes without the peer's
-    FIN, `unacknowledged` without ours; `options` as tcpi_options; `upper`: the protocol that runs inside the kernel on
-    top of it, or ''; `is_signed`: it has keys for TCP-MD5."""
+    """What the kernel tells of a program's socket. `state`: a UDP socket is ESTABLISHED or CLOSE. `flow`: None where it
+    has no peer; `unread` bytes without the peer's FIN, `unacknowledged` without ours, both of UDP by their memory;
+    `options` as tcpi_options; `upper`: the protocol that runs inside the kernel on top of it, or ''; `is_signed`: it
+    has keys for TCP-MD5."""
 
+    protocol: Protocol
     state: TcpState
     inode: int
     cookie: int
@@ -100,20 +103,20 @@ class Known:
 
 
 def known(wanted: Container[int]) -> dict[int, Known]:
-    """Of these inodes, the TCP sockets in the calling thread's network namespace that are connected or listen."""
+    """Of these inodes, the TCP sockets in the calling thread's network namespace that are connected or listen, and the
+    UDP sockets."""
     found = {}
     addresses: dict[bytes, IPAddress] = {}
-    for family in (socket.AF_INET, socket.AF_INET6):
-        request = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 1 << (_ATTR_INFO - 1), 0,
-                              0xFFFFFFFF & ~_UNOWNED) + bytes(48)
+    for protocol, family in itertools.product(Protocol, (socket.AF_INET, socket.AF_INET6)):
+        request = struct.pack("=BBBBI", family, protocol, 1 << (_ATTR_INFO - 1), 0, 0xFFFFFFFF & ~_UNOWNED) + bytes(48)
         for body in _ask(request, netlink.F_DUMP):
             inode, = _INODE.unpack_from(body, _INODE_AT)
             if inode in wanted:
-                found[inode] = _known(body, addresses)
+                found[inode] = _known(protocol, body, addresses)
     return found
 
 
-def _known(body: memoryview, addresses: dict[bytes, IPAddress]) -> Known:
+def _known(protocol: Protocol, body: memoryview, addresses: dict[bytes, IPAddress]) -> Known:
     """`addresses`: those that were made already; one of them is rarely alone."""
     (family, state, local_port, peer_port, local, peer, interface, cookie, _expires, unread, outgoing, _uid,
      inode) = _HEAD.unpack_from(body)
@@ -131,8 +134,8 @@ def _known(body: memoryview, addresses: dict[bytes, IPAddress]) -> Known:
                           in netlink.attributes(body[position + _ATTRIBUTE.size:position + length])
                           if inner == _ULP_NAME), "")
         position += (length + 3) & ~3
-    if state == TcpState.LISTEN:
-        return Known(TcpState.LISTEN, inode, cookie, None, 0, 0, options, upper, is_signed)
+    if state == TcpState.LISTEN or not peer_port:
+        return Known(protocol, TcpState(state), inode, cookie, None, 0, 0, options, upper, is_signed)
     ends, mapped = [], False
     for packed, port in ((local, local_port), (peer, peer_port)):
         mapped = mapped or (family == socket.AF_INET6 and packed.startswith(_MAPPED))
@@ -144,8 +147,8 @@ def _known(body: memoryview, addresses: dict[bytes, IPAddress]) -> Known:
     scope = interface if interface and ends[1].address.is_link_local and ends[1].address.version == 6 else 0
     has_fin = state in tcp.FIN_RECEIVED_STATES and unread > 0
     has_sent_fin = state in tcp.FIN_QUEUED_STATES and outgoing > 0
-    return Known(TcpState(state), inode, cookie, Flow(ends[0], ends[1], mapped, scope), unread - has_fin,
-                 outgoing - has_sent_fin, options, upper, is_signed)
+    return Known(protocol, TcpState(state), inode, cookie, Flow(ends[0], ends[1], mapped, scope, protocol),
+                 unread - has_fin, outgoing - has_sent_fin, options, upper, is_signed)
 
 
 def state_of(flow: Flow) -> TcpState | None:
@@ -155,15 +158,19 @@ def state_of(flow: Flow) -> TcpState | None:
 
 
 def entry_of(flow: Flow) -> Entry | None:
-    """The socket that has this flow, TIME_WAIT included; None where there is none. The kernel falls back to a listener
-    of the port, which does not count."""
+    """The socket that has this flow, TIME_WAIT included; None where there is none. The kernel falls back to one that
+    waits at the port for anybody, which does not count."""
     family = socket.AF_INET if flow.ip_version == 4 else socket.AF_INET6
-    identity = struct.pack(">HH", flow.local.port, flow.peer.port) + _address(flow.local) + _address(flow.peer)
+    # Of UDP the two ends stand the other way round (net/ipv4/udp_diag.c, udp_dump_one).
+    ends = (flow.local, flow.peer) if flow.protocol is Protocol.TCP else (flow.peer, flow.local)
+    identity = struct.pack(">HH", *(end.port for end in ends)) + b"".join(map(_address, ends))
     # The keys are told only to who asks for struct tcp_info (net/ipv4/inet_diag.c, inet_sk_diag_fill).
-    request = (struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 1 << (_ATTR_INFO - 1), 0, 0xFFFFFFFF) + identity
+    request = (struct.pack("=BBBBI", family, flow.protocol, 1 << (_ATTR_INFO - 1), 0, 0xFFFFFFFF) + identity
                + struct.pack("=III", flow.scope_id, _NO_COOKIE, _NO_COOKIE))
     for body in _ask(request, 0):
         state = TcpState(body[1])
+        if struct.unpack_from(">HH", body, 4) != (flow.local.port, flow.peer.port):
+            return None
         cookie, = struct.unpack_from("=Q", body, 44)
         unread, outgoing, _uid, inode = struct.unpack_from("=IIII", body, 56)
         if state is TcpState.LISTEN:

@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 
+from ..core.endpoint import Protocol
 from ..core.errors import KernelError
 from ..core.options import BY_NAME, Form, Missing, Option, OptionValue, applying
 from .syscalls import check, failing, libc
@@ -63,7 +64,8 @@ def _read_bytes(sock: socket.socket, option: Option) -> bytes:
 def read_all(sock: socket.socket) -> dict[str, OptionValue]:
     """Every option of the table that this kernel knows."""
     found: dict[str, OptionValue] = {}
-    for option in applying(sock.family):
+    protocol = Protocol.UDP if sock.type == socket.SOCK_DGRAM else Protocol.TCP
+    for option in applying(sock.family, protocol=protocol):
         try:
             found[option.name] = _read(sock, option)
         except (OSError, KernelError) as error:

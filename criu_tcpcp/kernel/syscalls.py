@@ -15,6 +15,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..core.endpoint import Flow
 from ..core.errors import KernelError
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -74,10 +75,11 @@ def borrow_socket(pidfd: int, fd: int) -> socket.socket:
         raise
 
 
-def borrow_tcp(pidfd: int, fd: int, family: int) -> socket.socket:
-    """As `borrow_socket`, for one that is known to be a TCP socket of this family: a third of the time, and nothing is
-    asked; KernelError where the descriptor is not there any more."""
-    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=pidfd_getfd(pidfd, fd))
+def borrow_known(pidfd: int, fd: int, flow: Flow) -> socket.socket:
+    """As `borrow_socket`, for one that is known to be a socket of this flow: a third of the time, and nothing is asked;
+    KernelError where the descriptor is not there any more."""
+    return socket.socket(flow.socket_family, flow.protocol.socket_type, int(flow.protocol),
+                         fileno=pidfd_getfd(pidfd, fd))
 
 
 def membarrier_global() -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.endpoint import IPAddress
-from .rawpacket import checksum
+from .checksums import checksum
 from .routing import rtnetlink, tolerating
 from .rules import TUNNELS
 from .syscalls import failing
@@ -127,8 +127,10 @@ class Tunnel:
                 socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_CLOEXEC,
                 protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self.name.encode())
-            where = (str(self.inner(self.there, version, _TRIAL)), 0, 0, socket.if_nametoindex(self.name))
-            probe.connect(where[:2 if version == 4 else 4])
+            index, length = socket.if_nametoindex(self.name), 2 if version == 4 else 4
+            # From the address for trials, too: else the answer may be for that of the packets, and lower its MTU there.
+            probe.bind((str(self.inner(self.here, version, _TRIAL)), 0, 0, index)[:length])
+            probe.connect((str(self.inner(self.there, version, _TRIAL)), 0, 0, index)[:length])
             for _ in range(_TRIES):
                 with suppress(TimeoutError):
                     probe.send(request)

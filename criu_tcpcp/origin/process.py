@@ -14,13 +14,12 @@ import signal
 import socket
 import time
 
-from .. import apps, obstacles
-from ..core import tcp
-from ..core.endpoint import Flow
+from .. import apps, endpoints, obstacles
+from ..core.endpoint import Flow, Protocol
 from ..core.errors import KernelError, LinkError, Refused
 from ..core.options import VARYING, OptionValue
 from ..inventory import Connection
-from ..kernel import iouring, process, repair, sockopt, syscalls, tcpinfo
+from ..kernel import iouring, process, sockopt, syscalls, tcpinfo
 from ..kernel.tracee import Tracee
 
 _QUIESCE_TIMEOUT_S = 5.0
@@ -37,6 +36,8 @@ class OriginProcess:
         self.sock: socket.socket | None = None
         self.options: dict[str, OptionValue] = {}
         self._connection = connection
+        self._protocol = connection.flow.protocol if connection.flow is not None else Protocol.TCP
+        self._endpoint = endpoints.of(self._protocol)
         self._recovered = recovered
         alive = process.is_alive(self.identity)
         if namespace is None:  # where that has gone, a recovery works in this one
@@ -103,10 +104,10 @@ class OriginProcess:
         if tcpinfo.cookie(sock) != self._connection.cookie:
             sock.close()
             raise Refused(f"descriptor {descriptor} of process {pid} has become another socket")
-        state = tcpinfo.read(sock).state
-        if state not in tcp.PASSABLE_STATES and not self._recovered:
+        why_gone = self._endpoint.why_gone(sock)
+        if why_gone is not None and not self._recovered:
             sock.close()
-            raise Refused(f"the connection of process {pid} is in state {state.label} by now")
+            raise Refused(f"the connection of process {pid} {why_gone}")
         return sock
 
     # -- what it takes part in itself ----------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class OriginProcess:
             self._tracee = tracee
             busy = None
             if idle_ms is not None:
-                busy = tracee.busy_thread() or (self._unanswered() if answered else None)
+                busy = tracee.busy_thread() or (self._endpoint.unanswered(self.need_socket()) if answered else None)
             if busy is None:
                 break
             tracee.resume()
@@ -178,7 +179,7 @@ class OriginProcess:
                               hint="--when idle:MS waits longer, --when now takes any instant")
             time.sleep(_TRY_PAUSE_S)
         self._borrow().close()  # nothing became something else before the stop
-        obstacle = obstacles.inside(self.need_socket()) or obstacles.in_rings(
+        obstacle = obstacles.INSIDE[self._protocol](self.need_socket()) or obstacles.in_rings(
             iouring.read(self.identity.pid, self._rings), self._connection.inode)
         if obstacle is not None:  # it has come since staging
             raise obstacle.refused("the connection")
@@ -187,18 +188,8 @@ class OriginProcess:
         """What arrived behind a segment that was lost cannot be read. The peer sends it again, but it knows by SACK
         that it was here, takes us for a receiver that reneges (net/ipv4/tcp_input.c, tcp_check_sack_reneging), and
         waits some 10 ms: the missing segment takes less, as a rule. One that stays away does not forbid the pass."""
-        while time.monotonic() < deadline and tcpinfo.has_gap(self.need_socket()):
+        while time.monotonic() < deadline and self._endpoint.has_gap(self.need_socket()):
             time.sleep(_TRY_PAUSE_S)
-
-    def _unanswered(self) -> str | None:
-        """Why another program could not go on here: this one has read something, and has sent nothing since. The
-        kernel's clock for that has ticks of 1 to 10 ms (CONFIG_HZ); within one tick, an answer is believed. One that
-        has shut down for writing answers nothing any more."""
-        info = tcpinfo.read(self.need_socket())
-        if info.state in tcp.FIN_QUEUED_STATES:
-            return None
-        owes = info.last_data_recv_ms < info.last_data_sent_ms or not info.data_segments_out
-        return "what the peer said last is not answered" if owes and info.data_segments_in else None
 
     def pin(self) -> None:
         """From here on it stays stopped even when this process ends."""
@@ -222,14 +213,15 @@ class OriginProcess:
 
     # -- its end of the connection -------------------------------------------------------------------------------------
 
+    def check_end(self, sees: str) -> None:
+        """Refused where its program cannot be shown that."""
+        self._endpoint.check_end(sees)
+
     def end(self, flow: Flow, sees: str) -> None:
         """The old endpoint goes without a packet. `sees`: "eof", or "reset" (ECONNABORTED)."""
         if self.sock is None or not self._is_still(flow):  # ended before; the program may have connected it anew
             return
-        if sees == "eof":
-            repair.end_as_eof(self.sock)
-        else:
-            repair.end_silently(self.sock)
+        self._endpoint.end(self.sock, flow, sees)
 
     def _is_still(self, flow: Flow) -> bool:
         try:

@@ -28,8 +28,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from .. import namespaces, redirect
-from ..core import tcp, tls
+from .. import endpoints, namespaces, redirect
+from ..core import tls
 from ..core.endpoint import Flow, IPAddress
 from ..core.errors import ProtocolError, Refused, TcpcpError
 from ..core.handoff import Action, Event, OriginState
@@ -56,14 +56,14 @@ from ..executor import GaveUp, event_of
 from ..holding import Holding
 from ..inventory import Connection
 from ..journal import ANNOUNCED, TOLD, Journal
-from ..kernel import netns, process, syscalls, tcpinfo
+from ..kernel import netns, process, syscalls
 from ..kernel.rules import HostRules
 from ..kernel.tunnel import Tunnel
 from ..redirect import tunnelled
 from ..redirect.forward import DivertAtDestination
 from ..transport.target import LocalTarget, Target, target_from_json
 from .counterpart import Counterpart
-from .extraction import Extraction, parts_of
+from .extraction import Extraction, extraction_of, parts_of
 from .process import OriginProcess
 
 STATE_FILE = "state"
@@ -150,13 +150,14 @@ class Origin:
                 and tuple(hello.network) == netns.own():
             raise Refused("the destination is the origin host itself",
                           hint="two hosts, or two network namespaces, are needed")
+        self.program.check_end(self.options.origin_sees)
         sock = self._take()
         entry = encode_inet_sk(self.flow, self._connection.state, not os.get_blocking(sock.fileno()),
                                self.program.options, self._connection.inode)
         wire.send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
                         self.options.redirect.partition(":")[0], entry,
                         self.options.max_stall_ms, self.options.prologue is not None, self.options.prologue or b"",
-                        self.options.idle_ms or 0, self._needs(sock)))
+                        self.options.idle_ms or 0, endpoints.of(self.flow.protocol).needs(sock)))
         self._stage_here()  # while the destination does the same
         answer = wire.receive(_STAGE_TIMEOUT_S)
         if isinstance(answer, RefusedMessage):
@@ -164,7 +165,7 @@ class Origin:
         if not isinstance(answer, Staged) or answer.pass_id != self.journal.pass_id:
             raise ProtocolError("the destination answered out of turn")
         self.staged = answer
-        self._refuse_tls(tcpinfo.first_unread(sock, _PEEK))
+        self._refuse_tls(endpoints.of(self.flow.protocol).first_unread(sock, _PEEK))
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
         self._refuse_minimal_ttl(self.plan)
         if self.plan.tunnel is not None:
@@ -216,11 +217,6 @@ class Origin:
             self.notes.append("the signals of its descriptor (O_ASYNC) were not carried: they are of a process here")
         return sock
 
-    @staticmethod
-    def _needs(sock: socket.socket) -> list[str]:
-        """What not every destination can do."""
-        return [Refusal.USEC_TIMESTAMPS] if tcpinfo.read(sock).options & tcp.OPT_USEC_TS else []
-
     def _taker_knows(self) -> bool:
         """What becomes of the connection is for a program that takes part to say, or for whoever reads a dump."""
         return self.staged is None or self.staged.knows
@@ -236,11 +232,11 @@ class Origin:
 
     def _stage_here(self) -> None:
         """What this host needs, whatever the destination answers."""
-        self._rules = HostRules(self.flow.ip_version)
+        self._rules = HostRules(self.flow.ip_version, self.flow.protocol)
         self._rules.prepare_fence()
         self.holding = Holding(self.flow)
-        self._extraction = Extraction(self.program, self.flow, self._connection.inode,
-                                      path_stays=self.options.congestion == "keep")
+        self._extraction = extraction_of(self.program, self.flow, self._connection.inode,
+                                         path_stays=self.options.congestion == "keep")
         self.program.ask_whether_registered()
 
     def _refuse_minimal_ttl(self, plan: redirect.Plan) -> None:
@@ -362,9 +358,9 @@ class Origin:
         self._need(self._extraction).probe()
 
     def _extract(self) -> None:
-        state = self._need(self._extraction).read(beside=len(self._app_state))
+        queues = self._need(self._extraction).read(beside=len(self._app_state))
         self._extracted_at_ms = _now_ms()
-        self._refuse_tls(state.received, state.outgoing)
+        self._refuse_tls(*queues)
 
     def _send_prepare(self) -> None:
         image, staged = self._need(self._extraction).image, self._need(self.staged)
@@ -434,12 +430,13 @@ class Origin:
     def _forget(self) -> None:
         """Nobody will need the state again; a divert that brought the packets here is of no use either."""
         self.journal.forget(STATE_FILE)
-        if self._rules is not None and self._machine_state is not OriginState.ROLLED_BACK \
-                and self._rules.is_diverted(self.flow):
-            DivertAtDestination().undo(self._rules, self.flow)
+        # First the word, for which the destination may hold what comes to it directly (merging.py).
         if self._machine_state in (OriginState.DONE, OriginState.LOST) and self.there.is_connected:
             self.there.tell_settled(self.journal.pass_id, _ANSWER_TIMEOUT_S)  # else the operator decided without it
             self.journal.write(TOLD)
+        if self._rules is not None and self._machine_state is not OriginState.ROLLED_BACK \
+                and self._rules.is_diverted(self.flow):
+            DivertAtDestination().undo(self._rules, self.flow)
 
     def _reroute(self) -> None:
         with netns.enter(self._home):
@@ -561,7 +558,7 @@ class Origin:
         origin.plan = redirect.Plan.from_json(intent["plan"])
         origin._redirect = redirect.origin_half(origin.plan, redirect.Setting(journal.pass_id, intent["host"]))
         with netns.enter(origin.program.namespace):
-            origin._rules = HostRules(origin.flow.ip_version)
+            origin._rules = HostRules(origin.flow.ip_version, origin.flow.protocol)
         origin.program.take_what_is_left()
         return origin
 

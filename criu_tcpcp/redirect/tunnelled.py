@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from ..core.endpoint import Flow
+from ..core.endpoint import Flow, Protocol
 from ..core.errors import Refused
 from ..journal import TUNNEL, Journal, all_journals, structure_lock
 from ..kernel import routing, tunnel
@@ -47,8 +47,9 @@ def dig(one: Tunnel, journal: Journal, flow: Flow | None = None) -> int:
     with structure_lock():
         if journal.exists():  # not in a rehearsal
             journal.write(TUNNEL, tunnel=one.name)
+        protocol = flow.protocol if flow is not None else Protocol.TCP  # the guard is one for all
         for version in _IP_VERSIONS:
-            with host_rules(version) as rules:
+            with host_rules(version, protocol) as rules:
                 rules.guard_tunnels()
                 if flow is not None and version == flow.ip_version:
                     rules.let_out(flow)

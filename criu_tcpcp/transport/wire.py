@@ -59,6 +59,13 @@ class Wire:
         self.silent = False
         self._waiting.extend(self._decoder.feed(data))
 
+    def wait(self, timeout_s: float) -> None:
+        """Until something has arrived, or the stream has ended; as long as that at most."""
+        if not self._waiting:
+            poller = select.poll()
+            poller.register(self.reading, select.POLLIN)
+            poller.poll(timeout_s * 1000)
+
     def take(self) -> Message | None:
         return self._waiting.popleft() if self._waiting else None
 

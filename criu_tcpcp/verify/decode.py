@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 import struct
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from .packet import CaptureError, IcmpError, Options, Packet
 _EN10MB, _NULL, _LOOP, _SLL, _SLL2, _IPV4, _IPV6 = 1, 0, 108, 113, 276, 228, 229
 _RAW = (12, 14, 101)
 _VLAN = (0x8100, 0x88A8, 0x9100)
-_TCP, _ICMP, _ICMPV6 = 6, 1, 58
+_TCP, _UDP, _ICMP, _ICMPV6 = 6, 17, 1, 58
 _ICMP_ERRORS = (3, 4, 5, 11, 12)        # RFC 792; redirects (5) quote the packet as well
 _ICMPV6_ERRORS = (1, 2, 3, 4)           # RFC 4443
 _ICMPV6_REDIRECT = 137                  # RFC 4861 4.5: the packet is quoted inside option 4
@@ -85,6 +86,45 @@ def decode(frame: Frame, capture: str) -> Packet | IcmpError | Skipped:
         return Skipped.OTHER
     except (struct.error, IndexError, ValueError):      # too short at some header, or a port 0, or a mapped address
         return Skipped.DAMAGED
+
+
+@dataclass(frozen=True, slots=True)
+class UdpDatagram:
+    """One as captured: the whole of its bytes as far as the capture has them."""
+
+    time_ns: int
+    capture: str
+    number: int
+    src: Endpoint
+    dst: Endpoint
+    payload: bytes
+    hops: int
+    tos: int
+    df: bool
+
+    def __str__(self) -> str:
+        return f"{self.capture} #{self.number} {self.src} > {self.dst} udp, {len(self.payload)} bytes"
+
+
+def decode_udp(frame: Frame, capture: str) -> UdpDatagram | IcmpError | None:
+    """A UDP datagram, or its first fragment, or an ICMP error about one. Never raises for what a packet contains."""
+    if frame.link_type == UNTIMED:
+        return None
+    try:
+        link = _link(frame)
+        ip = _ip(frame.data, link, frame.wire_len) if link is not None else None
+        if ip is None or ip.fragment_offset:
+            return None
+        if ip.protocol in (_ICMP, _ICMPV6):
+            error = _icmp(frame, capture, ip, _UDP)
+            return error if isinstance(error, IcmpError) else None
+        if ip.protocol != _UDP:
+            return None
+        sport, dport = struct.unpack_from("!HH", frame.data, ip.offset)
+        return UdpDatagram(frame.time_ns, capture, frame.number, _endpoint(ip.src, sport), _endpoint(ip.dst, dport),
+                           frame.data[ip.offset + 8:ip.end], ip.ttl, ip.tos, ip.df)
+    except (struct.error, IndexError, ValueError):
+        return None
 
 
 def _link(frame: Frame) -> _Link | None:
@@ -200,7 +240,7 @@ def _options(data: bytes) -> Options:
     return Options(len(data), mss, scale, permitted, sack, tsval, tsecr)
 
 
-def _icmp(frame: Frame, capture: str, ip: _Datagram) -> IcmpError | Skipped:
+def _icmp(frame: Frame, capture: str, ip: _Datagram, about: int = _TCP) -> IcmpError | Skipped:
     kind, code = frame.data[ip.offset], frame.data[ip.offset + 1]
     if kind in (_ICMP_ERRORS if ip.protocol == _ICMP else _ICMPV6_ERRORS):
         quoted = ip.offset + 8
@@ -211,7 +251,7 @@ def _icmp(frame: Frame, capture: str, ip: _Datagram) -> IcmpError | Skipped:
     # A quotation ends early (RFC 792: 8 bytes of the payload), so its own lengths prove nothing.
     version = frame.data[quoted] >> 4
     inner = (_ipv4 if version == 4 else _ipv6)(frame.data, quoted, frame.wire_len)
-    if inner.protocol != _TCP or inner.fragment_offset:
+    if inner.protocol != about or inner.fragment_offset:
         return Skipped.OTHER
     sport, dport = struct.unpack_from("!HH", frame.data, inner.offset)
     return IcmpError(frame.time_ns, capture, frame.number, ip.version, kind, code, str(ipaddress.ip_address(ip.src)),

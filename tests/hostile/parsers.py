@@ -22,8 +22,9 @@ from typing import Any
 
 from criu_tcpcp import application, apps, features, graft, journal, verify
 from criu_tcpcp.cli import cmd_show, console
-from criu_tcpcp.core import criu, imageset, messages, tcp, tls
-from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.core import criu, datagramimage, datagramplan, imageset, messages, tcp, tls
+from criu_tcpcp.core.datagram import DatagramState
+from criu_tcpcp.core.endpoint import Endpoint, Flow, Protocol
 from criu_tcpcp.core.errors import LinkError, TcpcpError
 from criu_tcpcp.core.image import Image, decode, encode, read_inet_sk
 from criu_tcpcp.core.options import BY_NAME
@@ -49,7 +50,7 @@ from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.executor import event_of
 from criu_tcpcp.graft.replacing import Place
 from criu_tcpcp.journal import Journal
-from criu_tcpcp.kernel import netlink, process, rawpacket, sockopt
+from criu_tcpcp.kernel import netlink, process, rawdatagram, rawpacket, sockopt
 from criu_tcpcp.origin.extraction import parts_of
 from criu_tcpcp.redirect import Plan
 from criu_tcpcp.transport.known_hosts import judge, known_keys
@@ -57,7 +58,7 @@ from criu_tcpcp.transport.ssh_config import Hop, resolve
 from criu_tcpcp.transport.target import LocalTarget, Target, parse_host, target_from_json
 from criu_tcpcp.verify import builder
 from madeup import passed
-from states import FLOWS, plain
+from states import FLOWS, datagram_states, plain
 
 from .mutation import NUMBERS, bent_bytes, bent_some, bent_text, bent_value, cut, is_rare, odd
 
@@ -187,6 +188,37 @@ def _image(rng: Random) -> Image:
     length = struct.unpack_from("=I", data, 8)[0]
     entry = _bent_entry(rng, criu.messages().tcp_stream.FromString(data[12:12 + length]))
     return replace(good, tcp_stream=data[:8] + struct.pack("=I", len(entry)) + entry + data[12 + length:])
+
+
+@functools.cache
+def _datagram_images() -> list[Image]:
+    return [datagramimage.encode(state, 1234) for state in datagram_states()]
+
+
+def _datagram_image(rng: Random) -> Image:
+    good = rng.choice(_datagram_images())
+    part = rng.choice(("inet_sk", "tcp_stream", "extras", "none"))
+    if part == "none":
+        return good
+    data: bytes = getattr(good, part)
+    if part == "extras" and rng.randrange(3):
+        return replace(good, extras=json.dumps(bent_value(rng, json.loads(data))).encode())
+    if part == "inet_sk" and rng.randrange(3):
+        return replace(good, inet_sk=_bent_entry(rng, criu.messages().inet_sk.FromString(data)))
+    return replace(good, **{part: bent_bytes(rng, data)})
+
+
+def _restore_datagrams(image: Image) -> DatagramState:
+    state = datagramimage.decode(image)
+    _address(state.flow)
+    assert datagramimage.decode(datagramimage.encode(state)) == state
+    for datagram in state.datagrams:
+        rawdatagram.build_datagram(state.flow.peer, state.flow.local, datagram.payload, hops=datagram.hops,
+                                   traffic_class=datagram.traffic_class)
+    for step in [*datagramplan.dormant_steps(state), *datagramplan.activation_steps(state)]:
+        if isinstance(step, SetOption):
+            sockopt.packed(BY_NAME[step.name], step.value)
+    return state
 
 
 def _bent_entry(rng: Random, entry: Any) -> bytes:
@@ -578,6 +610,8 @@ def _thing(kind: str) -> int:
 class _Receiver:
     """What a listener hands over to: kept, and closed."""
 
+    protocol = Protocol.TCP
+
     def __init__(self) -> None:
         self.got: list[application.Passed] = []
 
@@ -616,6 +650,7 @@ def _hand_over(sent: Sent) -> None:
 PARSERS: dict[str, Parser] = {one.name: one for one in (
     Parser("frame", _frame, _hear),
     Parser("state", _image, _restore),
+    Parser("datagram state", _datagram_image, _restore_datagrams),
     Parser("directory", _directory, _show),
     Parser("journal", _log, _read_log),
     Parser("saved state", _saved, _resume),

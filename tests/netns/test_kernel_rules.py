@@ -17,12 +17,13 @@ import pytest
 from criu_tcpcp.core import tcp
 from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.core.errors import KernelError
+from criu_tcpcp.core.reorder import SegmentOrder
 from criu_tcpcp.core.restoreplan import activation_steps, clock_steps, dormant_steps
 from criu_tcpcp.holding import end_in_order
 from criu_tcpcp.kernel import netns, repair, routing, sockopt, tcpinfo
 from criu_tcpcp.kernel.grace import GracePeriod
 from criu_tcpcp.kernel.nfqueue import ACCEPT, PacketQueue
-from criu_tcpcp.kernel.rawpacket import Injector, Sniffer
+from criu_tcpcp.kernel.rawpacket import Injector, Sniffer, extent
 from criu_tcpcp.kernel.rules import MARK, TABLE, Hold, HostRules, host_rules
 from criu_tcpcp.kernel.timestamps import learn_ts_recent
 from criu_tcpcp.lab import Host, Lab, leftovers
@@ -56,6 +57,10 @@ def exchange(one: socket.socket, other: socket.socket) -> None:
     for sender, receiver in ((one, other), (other, one)):
         sender.sendall(b"ping")
         assert receiver.recv(4, socket.MSG_WAITALL) == b"ping"
+
+
+def from_sequence(number: int, version: int) -> SegmentOrder:
+    return SegmentOrder(number, lambda packet: extent(packet, version))
 
 
 def ruleset() -> str:
@@ -140,7 +145,7 @@ def test_what_comes_by_two_ways_is_merged_in_order(version: int, alone: None) ->
     peer.sendall(b"first ")
     until(lambda: queue.collect() == 1, "it waits")
     hold.remove(flow)
-    merging.begin(repair.sequences(moving)[0])
+    merging.begin(from_sequence(repair.sequences(moving)[0], version))
     peer.sendall(b"second ")
     until(lambda: merging.waiting == 1, "the second to wait for the first")
     assert tcpinfo.unread_bytes(moving) == 0
@@ -159,7 +164,7 @@ def test_what_comes_by_two_ways_is_merged_in_order(version: int, alone: None) ->
 def test_what_does_not_come_by_the_other_way_is_not_waited_for(version: int, alone: None) -> None:
     moving, peer, flow = pair(version)
     merging = Merging(flow)
-    merging.begin(tcp.add(repair.sequences(moving)[0], -1000))
+    merging.begin(from_sequence(tcp.add(repair.sequences(moving)[0], -1000), version))
     exchange(moving, peer)
     merging.close()
     exchange(moving, peer)

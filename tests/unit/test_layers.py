@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"kernel"}),
     frozenset({"journal", "transport", "verify"}),
-    frozenset({"apps", "obstacles"}),
+    frozenset({"apps", "endpoints", "obstacles"}),
     frozenset({"inventory", "redirect", "graft", "application", "pipeline", "policy", "rehearsal", "report", "api",
                "holding", "greeting", "imagedir", "audit"}),
     frozenset({"namespaces"}),
@@ -41,14 +41,15 @@ FLOORS: tuple[frozenset[str], ...] = (
 APART = (frozenset({"origin", "destination"}),)
 #: Programs of their own, which the tests, `./dev lab`, the demo and the examples start: beside the product, not in it.
 #: They may use the package as any other program does.
-LAB_PROGRAMS = frozenset({"lab/__main__.py", "lab/load.py", "lab/node.py", "lab/relay.py", "lab/strict/__main__.py",
-                          "demo/file_server.py", "demo/example.py"})
+LAB_PROGRAMS = frozenset({"lab/__main__.py", "lab/datagrams.py", "lab/load.py", "lab/node.py", "lab/relay.py",
+                          "lab/strict/__main__.py", "demo/file_server.py", "demo/example.py"})
 #: Who may use the lab: it is beside the product, not in it.
 LAB_USERS = frozenset({"lab", "demo"})
 #: Nothing that tells the time, waits, logs, or does I/O; `socket` only for its constants and address texts.
 CORE_MAY_IMPORT = frozenset({"__future__", "collections", "contextlib", "dataclasses", "enum", "functools",
                              "ipaddress", "json", "re", "socket", "struct", "typing"})
-SOCKET_IN_CORE = frozenset({"AF_INET", "AF_INET6", "SOCK_STREAM", "SOL_SOCKET", "IPPROTO_TCP", "IPPROTO_IP",
+SOCKET_IN_CORE = frozenset({"AF_INET", "AF_INET6", "SOCK_STREAM", "SOCK_DGRAM", "SOL_SOCKET", "IPPROTO_TCP",
+                            "IPPROTO_UDP", "IPPROTO_IP",
                             "IPPROTO_IPV6", "inet_ntop", "inet_pton"})
 
 

@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from criu_tcpcp import policy
-from criu_tcpcp.core.endpoint import Endpoint, Flow
+from criu_tcpcp.core.endpoint import Endpoint, Flow, Protocol
 from criu_tcpcp.core.errors import Refused
 from criu_tcpcp.core.policy import NO_PORT, Policy, Rule, Taker, from_document
 
@@ -39,6 +40,17 @@ def allows(rules: Policy, key: str = "web1", flow: Flow = FLOW, taker: Taker = T
 def test_a_rule_allows_what_it_names() -> None:
     assert allows(read(a=RULE))
     assert allows(read(other={**RULE, "keys": ["web2"]}, a=RULE))
+
+
+def test_udp_is_allowed_only_where_a_rule_says_so() -> None:
+    flow = replace(FLOW, protocol=Protocol.UDP)
+    assert not allows(read(a=RULE), flow=flow)
+    assert read(a=RULE).why_denied("web1", flow, [TAKER]) == "rule a does not allow the protocol udp"
+    assert allows(read(a={**RULE, "protocols": ["udp"]}), flow=flow)
+    assert not allows(read(a={**RULE, "protocols": ["udp"]}))
+    for both in (["tcp", "udp"], "any"):
+        assert allows(read(a={**RULE, "protocols": both}), flow=flow)
+        assert allows(read(a={**RULE, "protocols": both}))
 
 
 #: field -> a value of it that does not allow the pass
@@ -166,6 +178,7 @@ def test_a_file_is_read() -> None:
     ("limit = 20", "", "allow.sessions: 'limit' is missing"),
     ("limit = 20", "limit = 0", "allow.sessions.limit: 0 is not a number of connections"),
     ("limit = 20", "limit = true", "allow.sessions.limit: True is not a number of connections"),
+    ("limit = 20", 'limit = 20\nprotocols = ["sctp"]', "allow.sessions.protocols: 'sctp' is not a protocol"),
     ("limit = 20", "limit = 20\nlimits = 3", "allow.sessions: 'limits' is no field of a rule"),
     ("[allow.sessions]", "[deny.sessions]", "'deny': there is no such field"),
     ("[allow.sessions]", '[allow."a b"]', "allow: 'a b' is not a name"),
