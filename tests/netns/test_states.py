@@ -23,7 +23,7 @@ pytestmark = pytest.mark.root
 
 PEERS = {"kernel": Play, "strict": StrictPlay}
 #: The strict peer does not know ECN.
-ALL = {"kernel": list(product()), "strict": list(product())}
+ALL = {"kernel": list(product(ecn=(False, True))), "strict": list(product())}
 FEW = {name: pairwise(cells) for name, cells in ALL.items()}
 
 
