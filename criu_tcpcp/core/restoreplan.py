@@ -11,7 +11,8 @@ dormant, in repair, nothing leaves the host:
      handshake takes that back.
   5. Sequence numbers: legal only in CLOSE.
   6. Connect: in repair, no SYN; then the negotiated options (legal while nothing was sent), then the timestamp clock,
-     since connect takes its unit from the route.
+     since connect takes its unit from the route. A socket that is bound to a device is bound to none from here on until
+     all the rest is done: segments that are made here come by the loopback device, and it would not hear them.
   7. What was learnt of the path, which has no setter either: window and round trip begin where they were (core/recall).
   8. The queues: received bytes; sent bytes, which go into the retransmit queue. Unsent bytes are not written here.
   9. The window, checked by the kernel against rcv_nxt, so after the receive queue.
@@ -168,6 +169,13 @@ class ShutRead:
 
 
 @dataclass(frozen=True)
+class BindToDevice:
+    """By name; to none where it is empty. What SO_BINDTODEVICE does, once more: see 6 above."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class LeaveRepair:
     probe: bool
 
@@ -179,7 +187,7 @@ class WriteUnsent:
 
 Step = (SetOption | ForceBuffers | AllowAnyReuse | EnterRepair | BeTransparent | SetMaxSegment | LimitWindow | Bind
         | SetSequence | Connect | SetNegotiated | SetTimestamp | RecallPath | FillQueue | SetWindow | InjectSegment
-        | QueueFin | ShutRead | LeaveRepair | WriteUnsent)
+        | QueueFin | ShutRead | BindToDevice | LeaveRepair | WriteUnsent)
 
 
 def _options(state: ConnectionState, when: When, fresh: Mapping[str, OptionValue]) -> list[Step]:
@@ -214,6 +222,9 @@ def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | Non
                          SetNegotiated(negotiated.mss_clamp,
                                        (negotiated.snd_wscale, negotiated.rcv_wscale) if negotiated.wscale else None,
                                        negotiated.sack, negotiated.timestamps)]
+    device = str(state.options.get("SO_BINDTODEVICE", ""))
+    if device:
+        steps.append(BindToDevice(""))
     if state.timestamp is not None:
         steps.append(SetTimestamp(later_timestamp(state.timestamp, 0)))
     if recalled.bytes_:
@@ -242,6 +253,8 @@ def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | Non
         steps.append(QueueFin(sent=True))
     if state.shut_read:
         steps.append(ShutRead())
+    if device:
+        steps.append(BindToDevice(device))
     steps += _options(state, When.CONNECTED, fresh)
     return steps
 

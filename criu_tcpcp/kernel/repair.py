@@ -26,6 +26,7 @@ from ..core.restoreplan import (
     AllowAnyReuse,
     BeTransparent,
     Bind,
+    BindToDevice,
     Connect,
     EnterRepair,
     FillQueue,
@@ -280,6 +281,8 @@ class Restorer:
             case ShutRead():
                 with failing("shutdown(SHUT_RD)"):
                     sock.shutdown(socket.SHUT_RD)
+            case BindToDevice(name):
+                sockopt.write(sock, "SO_BINDTODEVICE", name)
             case WriteUnsent(data):
                 self._write(data)
 

@@ -237,3 +237,21 @@ def count_in_microseconds_towards(address: str) -> None:
         (way,) = route.route("get", dst=address)
         gateway = {"gateway": way.get_attr("RTA_GATEWAY")} if way.get_attr("RTA_GATEWAY") else {}
         route.route("add", dst=address, dst_len=32, oif=way.get_attr("RTA_OIF"), metrics={"features": 16}, **gateway)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_socket_that_is_bound_to_a_device_is_passed_there_and_back(version: int) -> None:
+    """What is made here for it comes by the loopback device, and it is to hear that all the same."""
+    with conversation(register=False, version=version) as (here, peer):
+        exchange(peer, b"before")
+        with program_socket(here) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        for _ in range(2):
+            here.pass_once()
+            with program_socket(here) as sock:
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"eth0"
+            exchange(peer, b"after")
+        peer.close()
+        here.node.wait_for("end")
+        here.prove()
+        assert here.release() == []

@@ -15,6 +15,7 @@ from criu_tcpcp.core.restoreplan import (
     AllowAnyReuse,
     BeTransparent,
     Bind,
+    BindToDevice,
     Connect,
     EnterRepair,
     FillQueue,
@@ -143,6 +144,19 @@ def test_every_option_is_written_exactly_once_at_each_of_its_points(state: Conne
     assert {step.name: step.value for step in written} == dict(state.options)
     points = sum(2 if BY_NAME[name].again else 1 for name in state.options)
     assert len(written) == points
+
+
+@given(states())
+def test_a_socket_is_bound_to_no_device_while_it_is_to_hear_what_is_made_here(state: ConnectionState) -> None:
+    steps = dormant_steps(replace(state, options={**state.options, "SO_BINDTODEVICE": "eth0"}))
+    bound, at = "eth0", dict[type, set[str]]()
+    for step in steps:
+        if isinstance(step, BindToDevice):
+            bound = step.name
+        at.setdefault(type(step), set()).add(bound)
+    assert at[Connect] == {"eth0"}
+    assert at.get(InjectSegment, {""}) == at.get(RecallPath, {""}) == {""}
+    assert bound == "eth0"
 
 
 @given(states())
