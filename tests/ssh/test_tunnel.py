@@ -126,6 +126,7 @@ def test_two_connections_share_one_and_the_last_takes_it_away() -> None:
     with apart() as (here, peer), here.lab.peer.enter(), \
             socket.create_connection((str(here.lab.origin.ipv4), PORT), timeout=20) as other:
         exchange(other, b"other")
+        here.node.wait_for("serving", 2)
         second, first = (one["fd"] for one in here.nodes["origin"].events if one.get("event") == "serving")
         ids = []
         for descriptor in (first, second):
