@@ -30,6 +30,7 @@ from criu_tcpcp.inventory import Connection
 from criu_tcpcp.kernel import conntrack, iouring, netns, process, repair, tcpinfo
 from criu_tcpcp.kernel.syscalls import libc
 from criu_tcpcp.origin.process import OriginProcess
+from endpoints import hears
 from waiting import until
 
 pytestmark = pytest.mark.root
@@ -46,14 +47,8 @@ def alone() -> Iterator[None]:
     with netns.private():
         lines = ["link set lo up", *(f"address add {one} dev lo nodad" for one in ADDRESSES.values())]
         subprocess.run(["ip", "-batch", "-"], input="\n".join(lines) + "\n", text=True, check=True)
-        until(lambda: can_be_reached(ADDRESSES["v6"]), "the kernel's route to its own address")
+        until(lambda: hears(ADDRESSES["v6"]), "the address to be there")
         yield
-
-
-def can_be_reached(address: str) -> bool:
-    """By IPv6: a busy kernel adds the route a moment after the address (net/ipv6/addrconf.c, addrconf_dad_work)."""
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-        return probe.connect_ex((address, 9)) == 0
 
 
 def pair(family: str = "v4", protocol: int = 0,
@@ -64,11 +59,14 @@ def pair(family: str = "v4", protocol: int = 0,
         prepare(listener)
         listener.bind((ADDRESSES[family], 0))
         listener.listen()
-        peer = socket.socket(kind, socket.SOCK_STREAM, protocol)
-        prepare(peer)
-        peer.settimeout(10)
-        peer.connect(listener.getsockname()[:2])
-        return listener.accept()[0], peer
+        with contextlib.ExitStack() as undo:
+            peer = undo.enter_context(socket.socket(kind, socket.SOCK_STREAM, protocol))
+            prepare(peer)
+            peer.settimeout(10)
+            peer.connect(listener.getsockname()[:2])
+            accepted = listener.accept()[0]
+            undo.pop_all()
+        return accepted, peer
 
 
 def listed(sock: socket.socket) -> Connection:

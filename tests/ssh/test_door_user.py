@@ -116,7 +116,7 @@ def test_check_says_what_the_other_host_can_do_through_the_door() -> None:
             UsersDoor(here, RULES, USER) as door:
         said = here.lab.origin.run([COMMAND, "check", *door.options]).stdout
         _, _, theirs = said.partition(": criu-tcpcp ")
-        assert theirs.count("  ok  ") == 8
+        assert theirs.count("  ok  ") == 9
         assert "  lack  grace-period: " in theirs
         assert theirs.endswith("Looks good.\n")
 

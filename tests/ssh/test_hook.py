@@ -25,7 +25,7 @@ from world import COMMAND, World, captured, capturing
 
 pytestmark = pytest.mark.root
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nft_balancer_hook.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "hooks" / "nft_balancer.py"
 #: Writes down what it is told; says no to the event named, if one is.
 TELLTALE = """\
 import json, pathlib, sys

@@ -18,7 +18,7 @@ import pytest
 import programs
 from criu_tcpcp.lab import Lab
 from waiting import until
-from world import COMMAND, Program, _users
+from world import COMMAND, Program, users
 
 pytestmark = pytest.mark.root
 
@@ -62,10 +62,10 @@ class Ended:
 
     def end(self, peer: socket.socket, *options: str) -> tuple[int, int]:
         """(process, descriptor) that had it."""
-        def users() -> list[tuple[int, int]]:
-            return _users(self.lab.origin.run(["ss", "-tnpH", "dport", "=", str(peer.getsockname()[1])]).stdout)
-        until(users, "the connection to be accepted", every_s=0.02)
-        pid, descriptor = users()[0]
+        def found() -> list[tuple[int, int]]:
+            return users(self.lab.origin.run(["ss", "-tnpH", "dport", "=", str(peer.getsockname()[1])]).stdout)
+        until(found, "the connection to be accepted", every_s=0.02)
+        pid, descriptor = found()[0]
         place = self.directory / f"{self.port}"
         self.lab.origin.run([COMMAND, "dump", "--pid", str(pid), "--fd", str(descriptor), "-D", str(place),
                              "--origin-sees", self.sees, *options])

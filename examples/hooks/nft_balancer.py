@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A hook that moves a passed connection by the map of an nftables balancer: `pass --redirect hook:CMD` calls it.
 
-    criu-tcpcp pass ... --redirect "hook:nft_balancer_hook.py --gateway 'ssh gw' --mark 10.77.2.12=2"
+    criu-tcpcp pass ... --redirect "hook:nft_balancer.py --gateway 'ssh gw' --mark 10.77.2.12=2"
 
 The gateway routes by mark, and a map says which connection has which; what is in no map goes where it always went:
 
