@@ -43,6 +43,7 @@ from .recall import Recall, recall
 from .state import ConnectionState, Window
 from .tcp import TcpState
 
+_LARGEST_WINDOW = 65535  # as on the wire
 _BUFFER_SLACK = 1 << 20  # skbs cost more than their bytes: truesize is up to twice the payload, plus one chunk
 
 #: By IP_TOS, and by ForceBuffers: to be written though a new socket has the value.
@@ -260,11 +261,12 @@ def dormant_steps(state: ConnectionState, fresh: Mapping[str, OptionValue] | Non
 
 
 def _recall_path(state: ConnectionState, recalled: Recall) -> RecallPath:
-    """Nothing is in the receive queue yet: the segment is right behind what the program has read."""
+    """Nothing is in the receive queue yet: the segment is right behind what the program has read. It announces the
+    largest window that there is, whatever the peer's was, until SetWindow: the size of segments is bound to half of the
+    largest window heard of (net/ipv4/tcp_output.c, tcp_bound_to_half_wnd), and would stay so small."""
     clock = None if state.timestamp is None else later_timestamp(state.timestamp, 0)
     echo = 0 if clock is None else recalled.echo(clock)
-    window = min(state.window.snd_wnd >> state.negotiated.snd_wscale, 65535)
-    return RecallPath(recalled.bytes_, clock, InjectSegment(state.copied_seq, state.first_outgoing, window,
+    return RecallPath(recalled.bytes_, clock, InjectSegment(state.copied_seq, state.first_outgoing, _LARGEST_WINDOW,
                                                             state.ts_recent, fin=False, echo=echo))
 
 

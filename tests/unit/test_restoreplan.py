@@ -220,6 +220,13 @@ def test_what_is_recalled_is_acknowledged_before_anything_is_in_a_queue(state: C
 
 
 @given(states())
+def test_a_small_window_of_the_peers_makes_no_small_segments(state: ConnectionState) -> None:
+    """The kernel binds their size to half of the largest window that it has heard of."""
+    for step in every(dormant_steps(state), RecallPath):
+        assert step.segment.window == 65535
+
+
+@given(states())
 def test_the_kernel_takes_the_window(state: ConnectionState) -> None:
     """tcp_repair_set_window (net/ipv4/tcp.c) refuses: rcv_wup past rcv_nxt; snd_wl1 past rcv_nxt + rcv_wnd; a window
     larger than the largest."""
