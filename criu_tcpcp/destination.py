@@ -461,7 +461,7 @@ class Destination:
                       left.sock.family == socket.AF_INET6)
 
     def close(self) -> None:
-        if self._merging is not None and self._merging.awaits_word:  # its next one says it, as does the end of the link
+        if self._merging is not None and self._merging.is_on:  # the origin's next word says it, or the end of the link
             self._wire.wait(LASTS_S)
         for part in (self._sock, self._graft, self._merging, self._injector, self._rules):
             if part is not None:

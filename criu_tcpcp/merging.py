@@ -3,10 +3,11 @@ over the old owner's, where they were held. TCP would take what comes directly f
 would send it again.
 
 So this host holds them too, from before it takes the connection until the last is here: what continues the stream goes
-on at once, what is ahead of it waits for the rest (core/reorder.py), `MISSING_S` at most. That is so where the local
+on at once, what is ahead of it waits for the rest (core/reorder.py), `MISSING_S` at most; and no word of that host's
+about the pass means that it may still hold some, `LASTS_S` at most: a busy one lets go late. That is so where the local
 address is the destination's own, as when a connection comes home; by the divert, packets come one way only. UDP has no
 numbers: there the packets that came over the old owner's host are told by their hops, and what comes directly waits
-until that host has said its last word about the pass, `LASTS_S` at most.
+until that host has said its last word.
 
 A thread does it, since whoever sends the peer on may not wait for the journal. All of it belongs to this process: if it
 dies, the kernel removes the rules and drops what waits, which the peer sends again.
@@ -42,7 +43,6 @@ class Merging:
         self._flow = flow
         self._missing_s = missing_s
         self._thread: threading.Thread | None = None
-        self.awaits_word = False  # that the old owner has let go of everything: `close` is to come then
         with contextlib.ExitStack() as parts:
             self._queue = PacketQueue()
             parts.callback(self._queue.close)
@@ -60,9 +60,13 @@ class Merging:
         if self._thread is not None or not self._hold.queues:
             return
         self._hold.add(self._flow)
-        self.awaits_word = order.needs_word
         self._thread = threading.Thread(target=self._run, args=(order,), daemon=True)
         self._thread.start()
+
+    @property
+    def is_on(self) -> bool:
+        """`close` is to come once the old owner has let go of everything."""
+        return self._thread is not None
 
     @property
     def waiting(self) -> int:
