@@ -368,13 +368,15 @@ class Destination:
     # -- the other outcomes --------------------------------------------------------------------------------------------
 
     def _discard(self) -> None:
-        """Nothing of the pass stays. In repair every close is silent; a connection that was alive already ends as one
-        whose program ended."""
+        """Nothing of the pass stays. A connection that was alive already ends as one whose program ended. A dormant one
+        ends before the fence goes, whenever the program closes its copy: until then its timers would speak."""
         if self._graft is not None:
             self._graft.discard(self.journal.pass_id)
         elif self._rules is not None:
             graft.abandon(self.journal, self._rules)
         if self._sock is not None:
+            if self._endpoint.is_dormant(self._sock):
+                self._endpoint.take_away(self._sock)
             self._sock.close()
             self._sock = None
         self._take_back()

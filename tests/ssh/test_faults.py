@@ -3,12 +3,14 @@ test_fault_matrix.py's.)"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,36 @@ def test_a_committed_pass_is_settled_though_its_origin_process_has_gone() -> Non
         here.prove(passes=1, loss_free=False)
         left = here.release()
         assert left == [], "\n".join(left)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_undone_pass_leaves_no_connection_with_a_program_that_hangs(version: int) -> None:
+    """A dormant socket in its hands would speak by its timers, as soon as the fence is gone."""
+    with conversation(version=version) as (here, peer):
+        exchange(peer, b"before")
+        attempt = Attempt(here, "origin:write offered")
+        destination = here.lab.destination
+        assert here.serving(destination)
+        with paused(here.nodes[destination.name].process.pid):
+            attempt.kill("command", "keeper")
+            until(lambda: not attempt.find("tcpcp-serve"), "serve to end", every_s=0.02)
+            assert here.serving(destination) == []
+            exchange(peer, b"after")
+        peer.shutdown(socket.SHUT_WR)
+        assert peer.recv(1) == b""
+        here.node.wait_for("end")
+        here.prove(changes=False, passes=0)
+        left = here.release()
+        assert left == [], "\n".join(left)
+
+
+@contextlib.contextmanager
+def paused(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def rebooted(directory: Path) -> str:
