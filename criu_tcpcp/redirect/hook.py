@@ -52,18 +52,15 @@ class Hook:
         """Refused where it cannot be started, says no, or does not end in time."""
         text = json.dumps(self.occasion(event, flow)) + "\n"
         name = self.plan.command[0]
-        try:
-            with failing(f"start {name}"), subprocess.Popen(
-                    self.plan.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                    text=True, errors="replace", start_new_session=True) as program:
-                try:
-                    _, said = program.communicate(text, timeout=TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(program.pid, signal.SIGKILL)
-                    raise Refused(f"the hook {name} has not ended {TIMEOUT_S:g} s after {event!r}") from None
-        except UnicodeEncodeError as error:  # no word of a pass: a host's name
-            raise Refused(f"the hook {name} cannot be told of {event!r}: {error}") from None
+        with failing(f"start {name}"), subprocess.Popen(
+                self.plan.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True, errors="replace", start_new_session=True) as program:
+            try:
+                _, said = program.communicate(text, timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(program.pid, signal.SIGKILL)
+                raise Refused(f"the hook {name} has not ended {TIMEOUT_S:g} s after {event!r}") from None
         if program.returncode:
             last = (said.strip().splitlines() or ["it says nothing on stderr"])[-1]
             raise Refused(f"the hook {name} ended with status {program.returncode} on {event!r}: {last[:_SAID]}")
