@@ -371,6 +371,11 @@ def _remove(journal: Journal) -> None:
                 rules.keep_in(flow)
             graft.forget(journal, rules)
             rules.sweep()
+    _forget(journal)
+
+
+def _forget(journal: Journal) -> None:
+    """The record, what it alone tells of, and a tunnel that no other needs."""
     take_away_remnant(journal)
     with namespaces.of_side(journal):
         journal.remove()
@@ -437,10 +442,7 @@ def _undo_staged(journal: Journal) -> None:
             DivertAtDestination().undo(rules, flow)
             rules.keep_in(flow)
             rules.sweep()
-    take_away_remnant(journal)
-    with namespaces.of_side(journal):
-        journal.remove()
-        tunnelled.sweep()
+    _forget(journal)
 
 
 def _sweep(rules: HostRules, version: int) -> None:
