@@ -27,7 +27,6 @@ _SENDS_TIMESTAMPS = 1 << 0 | 1 << 1 | 1 << 8 | 1 << 9 | 1 << 18
 #: IPV6_HOPOPTS, IPV6_RTHDRDSTOPTS, IPV6_RTHDR, IPV6_DSTOPTS (linux/in6.h)
 _EXTENSION_HEADERS = (54, 55, 57, 59)
 
-
 #: What could be done about a state in which there is no connection to pass.
 _WHY_STATE = {TcpState.SYN_SENT: "try again once it is established",
               TcpState.CLOSE: "the connection is over, or never began: no packet belongs to it any more"}
@@ -46,6 +45,8 @@ class Obstacle:
 
 
 MPTCP = Obstacle(Refusal.MPTCP, "is an MPTCP socket: the kernel has no repair mode for it")
+_ZEROCOPY = Obstacle(Refusal.ZEROCOPY, "uses MSG_ZEROCOPY, whose completions would be lost")
+_BPF_FILTER = Obstacle(Refusal.BPF_FILTER, "has a filter that is no classic BPF program (SO_ATTACH_BPF)")
 
 
 def in_kernels_list(state: TcpState, flow: Flow | None, options: int, upper: str, is_signed: bool,
@@ -97,7 +98,7 @@ def inside(sock: socket.socket) -> Obstacle | None:
         return Obstacle(Refusal.URGENT_DATA, "has urgent data waiting, which cannot be carried",
                         "try again once the program has read it")
     if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
-        return Obstacle(Refusal.ZEROCOPY, "uses MSG_ZEROCOPY, whose completions would be lost")
+        return _ZEROCOPY
     if sock.getsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPING) & _SENDS_TIMESTAMPS:  # those of ..._NEW, too
         return Obstacle(Refusal.SEND_TIMESTAMPS,
                         "asks for timestamps of what it sends (SO_TIMESTAMPING), which would be lost",
@@ -105,7 +106,7 @@ def inside(sock: socket.socket) -> Obstacle | None:
     if tcpinfo.is_authenticated(sock):
         return Obstacle(Refusal.TCP_AO, "is authenticated by TCP-AO, whose keys are not carried")
     if sockopt.has_hidden_filter(sock):
-        return Obstacle(Refusal.BPF_FILTER, "has a filter that is no classic BPF program (SO_ATTACH_BPF)")
+        return _BPF_FILTER
     if sock.family == socket.AF_INET6 and any(sock.getsockopt(socket.IPPROTO_IPV6, number, 8)
                                               for number in _EXTENSION_HEADERS):
         return Obstacle(Refusal.EXTENSION_HEADERS, "adds IPv6 extension headers to its packets",
@@ -128,9 +129,9 @@ def inside_datagrams(sock: socket.socket) -> Obstacle | None:
     if tcpinfo.reads_end(sock):
         return Obstacle(Refusal.STATE, "is a UDP socket that is shut down for reading, which is not carried")
     if sock.getsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY):
-        return Obstacle(Refusal.ZEROCOPY, "uses MSG_ZEROCOPY, whose completions would be lost")
+        return _ZEROCOPY
     if sockopt.has_hidden_filter(sock):
-        return Obstacle(Refusal.BPF_FILTER, "has a filter that is no classic BPF program (SO_ATTACH_BPF)")
+        return _BPF_FILTER
     if datagrams.has_corked(sock):
         return Obstacle(Refusal.CORKED, "has a datagram that was begun and not finished (UDP_CORK, MSG_MORE), which "
                         "cannot be carried", "try again once the program has sent it")
