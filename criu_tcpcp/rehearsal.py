@@ -21,7 +21,7 @@ from .core.errors import Refused
 from .core.image import Image, decode, encode
 from .core.messages import Decoder, Prepare
 from .core.messages import encode as encode_message
-from .core.restoreplan import activation_steps, clock_steps, dormant_steps
+from .core.restoreplan import activation_steps, dormant_steps
 from .kernel import datagrams, netns, repair, sockopt, tcpinfo
 from .kernel.rawpacket import Injector, Sniffer
 from .kernel.rules import MARK, host_rules
@@ -54,10 +54,7 @@ def _rehearse_udp(ip_version: int) -> Image:
             peer.send(_WORD)
         image = datagramimage.encode(datagrams.read_state(sock, sockopt.read_all(sock), False))
         datagrams.end(sock, flow, injector)
-        restoration = endpoints.of(flow.protocol).restoration(image, lambda: injector, False)
-        restoration.restore(restored, {})
-        restoration.open(restored, 0)
-        restoration.activate(restored)
+        _bring_to_life(restored, flow, image, injector)
         with failing("a datagram over loopback"):
             restored.send(_WORD)
             if (peer.recv(64), restored.recv(64, socket.MSG_DONTWAIT)) != (_WORD, _WORD):
@@ -122,11 +119,15 @@ def _pass_on(sock: socket.socket, restored: socket.socket, flow: Flow, sniffer: 
     image = encode(state)
     Decoder().feed(encode_message(Prepare("", "", image.inet_sk, image.tcp_stream, image.extras, b"")))
     repair.end_silently(sock)
-    restorer = repair.Restorer(restored, transparent=False, inject=lambda segment: injector.deliver(flow, segment))
-    restorer.run(dormant_steps(decode(image)))
-    restorer.run(clock_steps(state, 0))
-    restorer.run(activation_steps(state))
+    _bring_to_life(restored, flow, image, injector)
     return image
+
+
+def _bring_to_life(sock: socket.socket, flow: Flow, image: Image, injector: Injector) -> None:
+    restoration = endpoints.of(flow.protocol).restoration(image, lambda: injector, False)
+    restoration.restore(sock, {})
+    restoration.open(sock, 0)
+    restoration.activate(sock)
 
 
 def _rules(flow: Flow) -> None:
