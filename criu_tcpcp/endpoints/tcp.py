@@ -16,23 +16,11 @@ from ..core.state import ConnectionState, fitted
 from ..core.tcp import TcpState
 from ..kernel import repair, tcpinfo
 from ..kernel.rawpacket import Injector, extent
+from .carried import Carried
 
 
-class TcpRestoration:
+class TcpRestoration(Carried[ConnectionState]):
     """As of `endpoints.Restoration`."""
-
-    def __init__(self, state: ConnectionState, injector: Callable[[], Injector], transparent: bool) -> None:
-        self.state = state
-        self.notes: list[str] = []
-        self._injector, self._transparent = injector, transparent
-
-    @property
-    def flow(self) -> Flow:
-        return self.state.flow
-
-    @property
-    def options(self) -> Mapping[str, OptionValue]:
-        return self.state.options
 
     @property
     def has_unwritten(self) -> bool:

@@ -18,25 +18,13 @@ from ..core.reorder import Order, WayOrder
 from ..kernel import datagrams
 from ..kernel.rawpacket import Injector
 from ..kernel.rules import MARK
+from .carried import Carried
 
 
-class UdpRestoration:
+class UdpRestoration(Carried[DatagramState]):
     """As of `endpoints.Restoration`."""
 
     has_unwritten = False
-
-    def __init__(self, state: DatagramState, injector: Callable[[], Injector], transparent: bool) -> None:
-        self.state = state
-        self.notes: list[str] = []
-        self._injector, self._transparent = injector, transparent
-
-    @property
-    def flow(self) -> Flow:
-        return self.state.flow
-
-    @property
-    def options(self) -> Mapping[str, OptionValue]:
-        return self.state.options
 
     def fit(self, own: Mapping[str, OptionValue], ipv6_socket: bool) -> None:
         self.state = fitted(self.state, own, ipv6_socket)
