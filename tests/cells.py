@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from criu_tcpcp import inventory, verify
 from criu_tcpcp.core import tcp
@@ -56,6 +57,12 @@ class Cell:
         without = "".join(f" no {name}" for name in ("timestamps", "sack", "scaling") if not getattr(self, name))
         return (f"{self.state.label} in {self.received} out {self.outgoing} {self.family}{without}"
                 f"{' ecn' if self.ecn else ''}")
+
+    def settle(self) -> None:
+        """What this network namespace agrees to in a handshake."""
+        for name, file in SYSCTLS.items():
+            with open(f"/proc/sys/net/ipv4/{file}", "w") as settings:
+                settings.write(str(int(getattr(self, name))))
 
     @property
     def ip_version(self) -> int:
@@ -146,13 +153,13 @@ def blob(size: int) -> bytes:
 
 
 class Play:
-    """One cell, from the handshake to the last acknowledgement."""
+    """One cell, from the handshake to the last acknowledgement. `sizes`: of what is written, in bytes."""
+
+    sizes: ClassVar[dict[str, int]] = {"in flight": 3000, "partly acknowledged": 1000, "unsent": 100_000, "corked": 100}
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
-        for name, file in SYSCTLS.items():
-            with open(f"/proc/sys/net/ipv4/{file}", "w") as settings:
-                settings.write(str(int(getattr(cell, name))))
+        cell.settle()
         self.recorder = Recorder()
         self.injector = Injector(cell.ip_version, MARK)
         self.moving, self.peer = pair(cell.family, *OURS)
@@ -223,9 +230,12 @@ class Play:
             return
         if kind == "corked":
             moving.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-        size = {"in flight": 3000, "partly acknowledged": 1000, "unsent": 100_000, "corked": 100}[kind]
         moving.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
-        self.to_peer = blob(size)
+        self.to_peer = blob(self.sizes[kind])
+        self._write(kind)
+
+    def _write(self, kind: str) -> None:
+        moving = self.moving
         moving.sendall(self.to_peer)
         if kind == "partly acknowledged":
             until(lambda: select.select([self.peer], [], [], 0)[0], "it arrives")

@@ -13,8 +13,9 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
-from cells import SYSCTLS, Cell, Play, S, blob, closed
+from cells import Cell, Play, S, blob, closed
 from criu_tcpcp import verify
 from criu_tcpcp.core.endpoint import Endpoint, Flow
 from criu_tcpcp.kernel import tcpinfo
@@ -59,11 +60,11 @@ class StrictPlay(Play):
     """One cell. `deaf`: the passed end does not hear the peer; `mute`: the other way round; `hears`: how many of its
     segments the peer still hears."""
 
+    sizes: ClassVar[dict[str, int]] = {**Play.sizes, "partly acknowledged": 3000}
+
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
-        for name, file in SYSCTLS.items():
-            with open(f"/proc/sys/net/ipv4/{file}", "w") as settings:
-                settings.write(str(int(getattr(cell, name))))
+        cell.settle()
         self._tun = open_tun()
         self.seen = Seen()
         self.recorder = self.seen  # type: ignore[assignment]
@@ -216,20 +217,13 @@ class StrictPlay(Play):
         self.until(lambda: bool(self.tcp.counts["zero_windows_sent"]) and closed(moving),
                    "the peer's window to close")
 
-    def _fill_send_queue(self) -> None:
-        moving, kind = self.moving, self.cell.outgoing
-        if kind in ("empty", "zero window"):
-            return
-        if kind == "corked":
-            moving.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-        size = {"in flight": 3000, "partly acknowledged": 3000, "unsent": 100_000, "corked": 100}[kind]
-        moving.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
-        self.to_peer = blob(size)
+    def _write(self, kind: str) -> None:
+        moving = self.moving
         if kind == "partly acknowledged":  # of one write the first segment
             hears = self.hears
             self.deaf, self.hears = False, 1
             moving.sendall(self.to_peer)
-            self.until(lambda: 0 < tcpinfo.unacknowledged_bytes(moving) < size, "an acknowledgement")
+            self.until(lambda: 0 < tcpinfo.unacknowledged_bytes(moving) < len(self.to_peer), "an acknowledgement")
             self.deaf, self.hears = True, hears
         else:
             moving.sendall(self.to_peer)

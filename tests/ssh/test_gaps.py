@@ -3,14 +3,15 @@ it again."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 
 from attempt import Attempt, conversation, exchange
 from criu_tcpcp.kernel import repair, tcpinfo
 from criu_tcpcp.lab.streams import Stream
+from losing import losing
 from waiting import until
 from world import World
 
@@ -19,25 +20,10 @@ pytestmark = pytest.mark.root
 BURST = 20_000
 
 
-@contextlib.contextmanager
-def losing(here: World, sequence: int) -> Iterator[Callable[[], None]]:
+def deaf_from(here: World, sequence: int) -> AbstractContextManager[Callable[[], None]]:
     """The origin hears no segment that begins there. Yields what ends it early."""
     assert here.flow is not None
-    rule = f"tcp sport {here.flow.peer.port} tcp sequence {sequence} drop"
-    here.lab.origin.run(["nft", "-f", "-"], input=f"""table inet losing {{
-        chain input {{ type filter hook prerouting priority -400; {rule}; }}
-    }}""")
-    stands = True
-
-    def end() -> None:
-        nonlocal stands
-        if stands:
-            here.lab.origin.run(["nft", "delete", "table", "inet", "losing"])
-        stands = False
-    try:
-        yield end
-    finally:
-        end()
+    return losing(here.lab.origin, "prerouting", -400, f"tcp sport {here.flow.peer.port} tcp sequence {sequence}")
 
 
 @pytest.mark.parametrize("when", ["now", "idle:5000"])
@@ -52,7 +38,7 @@ def test_what_came_behind_a_lost_segment_is_sent_again(when: str) -> None:
             _rcv_nxt, sequence = repair.sequences(peer)
         data = Stream(3).read(0, BURST)
         attempt = Attempt(here, "origin:stop", "--when", when)
-        with losing(here, sequence) as end:
+        with deaf_from(here, sequence) as end:
             peer.sendall(data)
             until(lambda: "sacked:" in here.lab.peer.run(["ss", "-tin"]).stdout, "the peer to be told of a gap")
             end()  # the peer sends it again when its timer rings, 200 ms after the last time

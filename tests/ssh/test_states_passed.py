@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.kernel import repair, tcpinfo
 from criu_tcpcp.kernel.rawpacket import Injector
 from criu_tcpcp.kernel.rules import MARK
+from losing import losing
 from puppet import Puppet, argv
 from waiting import until
 from world import PORT, World, world
@@ -55,30 +57,14 @@ LONG = [
 ]
 
 
-@contextlib.contextmanager
-def deaf(here: World, flow: Flow) -> Iterator[Callable[[], None]]:
+def deaf(here: World, flow: Flow) -> AbstractContextManager[Callable[[], None]]:
     """What comes for the peer is lost on its last step, behind the capture. Yields what ends it early."""
-    with losing(here, "input", flow.local.port, flow.peer.port) as hear:
-        yield hear
+    return losing(here.lab.peer, "input", 0, f"tcp sport {flow.local.port} tcp dport {flow.peer.port}")
 
 
-@contextlib.contextmanager
-def losing(here: World, hook: str, sport: int, dport: int) -> Iterator[Callable[[], None]]:
-    """At the peer."""
-    here.lab.peer.run(["nft", "-f", "-"], input=f"""table inet losing {{
-        chain losing {{ type filter hook {hook} priority 0; tcp sport {sport} tcp dport {dport} drop; }}
-    }}""")
-    stands = True
-
-    def hear() -> None:
-        nonlocal stands
-        if stands:
-            here.lab.peer.run(["nft", "delete", "table", "inet", "losing"])
-        stands = False
-    try:
-        yield hear
-    finally:
-        hear()
+def dumb(here: World, flow: Flow) -> AbstractContextManager[Callable[[], None]]:
+    """What the peer says is lost on its first step. Yields what ends it early."""
+    return losing(here.lab.peer, "output", 0, f"tcp sport {flow.peer.port} tcp dport {flow.local.port}")
 
 
 class Scene:
@@ -252,7 +238,7 @@ def test_what_the_peer_ends_while_it_is_held_ends_at_the_destination(state: S, m
     """Its FIN, or its acknowledgement of ours, which ends the whole connection where it has closed already."""
     with scene_of(cell(state, "some", "empty" if state is S.FIN_WAIT2 else "in flight", "v4"), tmp_path) as scene:
         scene.prepare()
-        with losing(scene.here, "output", scene.flow.peer.port, scene.flow.local.port) as speak:
+        with dumb(scene.here, scene.flow) as speak:
             scene.arrange()
             attempt = Attempt(scene.here, "origin:fence", "--max-stall", "20000")
             speak()
