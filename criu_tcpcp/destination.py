@@ -374,11 +374,12 @@ class Destination:
             self._graft.discard(self.journal.pass_id)
         elif self._rules is not None:
             graft.abandon(self.journal, self._rules)
-        if self._sock is not None:
-            if self._endpoint.is_dormant(self._sock):
-                self._endpoint.take_away(self._sock)
-            self._sock.close()
-            self._sock = None
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            # A program's own socket was ended, and this copy of it closed, by the way in.
+            if sock.fileno() != -1 and self._endpoint.is_dormant(sock):
+                self._endpoint.take_away(sock)
+            sock.close()
         self._take_back()
 
     def _take_back(self) -> None:

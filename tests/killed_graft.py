@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -113,6 +114,10 @@ def attempt(into: str, pid: int, flow: Flow, at: int) -> int | None:
             os.write(writing, b"%d" % killer.points)
         except Refused as error:
             print(f"to be killed at point {at}: {error}", file=sys.stderr, flush=True)
+        except BaseException:
+            # Whatever else ends a graft would be lost with the process.
+            traceback.print_exc()
+            raise
         finally:
             os._exit(0)
     os.close(writing)
