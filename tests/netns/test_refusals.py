@@ -144,6 +144,52 @@ def test_kernel_tls(capability: Callable[[str, bool], None]) -> None:
         refused_as(sock, Refusal.UPPER_PROTOCOL, "'tls'")
 
 
+@pytest.mark.parametrize("version", ADDRESSES)
+def test_a_peer_whose_address_is_of_a_link(version: str) -> None:
+    lines = ["link add here type veth peer name there", "link set here up", "link set there up",
+             "address add 169.254.3.3/16 dev here", "address add fe80::3/64 dev here nodad"]
+    subprocess.run(["ip", "-batch", "-"], input="\n".join(lines) + "\n", text=True, check=True)
+    kind, address = {"v4": (socket.AF_INET, ("169.254.3.3", 0)),
+                     "v6": (socket.AF_INET6, ("fe80::3", 0, 0, socket.if_nametoindex("here")))}[version]
+    with socket.create_server(address, family=kind) as listener, socket.socket(kind) as peer:
+        peer.settimeout(10)
+        peer.connect(listener.getsockname())
+        sock, _ = listener.accept()
+        with sock:
+            refused_as(sock, Refusal.LINK_LOCAL, "on its own link only")
+
+
+#: A classic filter program: pidfd_getfd (438 on every architecture) fails with EPERM, all else is allowed.
+NO_GETFD = [(0x20, 0, 0, 0), (0x15, 0, 1, 438), (0x06, 0, 0, 0x50000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)]
+WITHOUT_GETFD = f"""if True:
+    import ctypes, struct, sys
+    from criu_tcpcp import inventory
+    from criu_tcpcp.core.errors import Refused
+    libc = ctypes.CDLL(None)
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in {NO_GETFD}))
+    program = ctypes.create_string_buffer(struct.pack("@HxxxxxxP", {len(NO_GETFD)}, ctypes.addressof(code)))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+    pid, descriptor = map(int, sys.argv[1:])
+    for one in inventory.connections(pid):
+        if descriptor in one.descriptors:
+            print(one.obstacle.refusal)
+    try:
+        inventory.find(pid, descriptor)
+    except Refused as error:
+        print(error.refusal)
+"""
+
+
+def test_a_descriptor_that_the_system_does_not_let_us_take() -> None:
+    """As the seccomp filter of a container engine: /proc shows the socket, and pidfd_getfd is forbidden."""
+    sock, peer = pair()
+    with sock, peer:
+        done = subprocess.run([sys.executable, "-c", WITHOUT_GETFD, str(os.getpid()), str(sock.fileno())],
+                              capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [Refusal.NOT_ALLOWED] * 2
+        passable_but_for_its_peer(sock)
+
+
 def test_mptcp(capability: Callable[[str, bool], None]) -> None:
     """Also where the kernel knows it by its TCP sockets, which have the inode of the whole."""
     def make() -> None:
