@@ -17,8 +17,9 @@ from .core import tcp
 from .core.restoreplan import activation_steps, clock_steps, dormant_steps
 from .core.state import ConnectionState
 from .kernel import repair, routing, sockopt, tcpinfo
-from .kernel.rawpacket import Injector, Sniffer
+from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, Silence
+from .kernel.tap import Sniffer
 from .kernel.timestamps import learn_ts_recent, pay_acknowledgement
 
 _PROBE_TIMEOUT_S = 0.2

@@ -23,9 +23,10 @@ from .core.messages import Decoder, Prepare
 from .core.messages import encode as encode_message
 from .core.restoreplan import activation_steps, dormant_steps
 from .kernel import datagrams, netns, repair, sockopt, tcpinfo
-from .kernel.rawpacket import Injector, Sniffer
+from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, host_rules
 from .kernel.syscalls import failing
+from .kernel.tap import Sniffer
 from .kernel.timestamps import learn_ts_recent
 
 _LOOPBACK = {4: "127.0.0.1", 6: "::1"}

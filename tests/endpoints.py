@@ -17,8 +17,9 @@ from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.core.restoreplan import Step, activation_steps, clock_steps, dormant_steps
 from criu_tcpcp.core.state import ConnectionState
 from criu_tcpcp.kernel import netns, repair, sockopt, tcpinfo
-from criu_tcpcp.kernel.rawpacket import ACK, FIN, RST, Injector, Sniffer, build_segment
+from criu_tcpcp.kernel.rawpacket import ACK, FIN, RST, Injector, build_segment
 from criu_tcpcp.kernel.rules import MARK
+from criu_tcpcp.kernel.tap import Sniffer
 from criu_tcpcp.kernel.timestamps import learn_ts_recent
 from waiting import until
 

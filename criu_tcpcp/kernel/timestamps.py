@@ -10,7 +10,8 @@ from ..core.endpoint import Flow
 from ..core.errors import Refused
 from ..core.tcp import TcpState
 from . import repair, tcpinfo
-from .rawpacket import Injector, Sniffer
+from .rawpacket import Injector
+from .tap import Sniffer
 
 _UNANSWERED_S = 0.001  # an answer leaves within the call that delivers the question
 

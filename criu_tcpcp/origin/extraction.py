@@ -17,8 +17,9 @@ from ..core.errors import ProtocolError, Refused
 from ..core.image import Image, encode
 from ..core.state import MAX_CARRIED, NOTHING_LEARNT, ConnectionState
 from ..kernel import datagrams, repair, tcpinfo
-from ..kernel.rawpacket import Injector, Sniffer
+from ..kernel.rawpacket import Injector
 from ..kernel.rules import MARK
+from ..kernel.tap import Sniffer
 from ..kernel.timestamps import learn_ts_recent, pay_acknowledgement
 from ..rehearsal import rehearse, warm_up
 from .process import OriginProcess

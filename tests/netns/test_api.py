@@ -10,7 +10,7 @@ import pytest
 import criu_tcpcp
 from criu_tcpcp import verify
 from criu_tcpcp.core.errors import KernelError, Refused
-from criu_tcpcp.kernel.rawpacket import Sniffer
+from criu_tcpcp.kernel.tap import Sniffer
 from criu_tcpcp.lab import Lab, leftovers
 from criu_tcpcp.transport.target import LocalTarget
 from world import captured, capturing

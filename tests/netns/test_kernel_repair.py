@@ -22,8 +22,9 @@ from criu_tcpcp.core.options import BY_NAME, TABLE, Form, OptionValue, applying
 from criu_tcpcp.core.restoreplan import activation_steps, clock_steps
 from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.kernel import repair, sockopt, tcpinfo
-from criu_tcpcp.kernel.rawpacket import Injector, Sniffer
+from criu_tcpcp.kernel.rawpacket import Injector
 from criu_tcpcp.kernel.rules import MARK, Silence
+from criu_tcpcp.kernel.tap import Sniffer
 from criu_tcpcp.kernel.timestamps import learn_ts_recent
 from endpoints import (
     FAMILIES,

@@ -23,8 +23,9 @@ from criu_tcpcp.holding import end_in_order
 from criu_tcpcp.kernel import netns, repair, routing, sockopt, tcpinfo
 from criu_tcpcp.kernel.grace import GracePeriod
 from criu_tcpcp.kernel.nfqueue import ACCEPT, PacketQueue
-from criu_tcpcp.kernel.rawpacket import Injector, Sniffer, extent
+from criu_tcpcp.kernel.rawpacket import Injector, extent
 from criu_tcpcp.kernel.rules import MARK, TABLE, Hold, HostRules, host_rules
+from criu_tcpcp.kernel.tap import Sniffer
 from criu_tcpcp.kernel.timestamps import learn_ts_recent
 from criu_tcpcp.lab import Host, Lab, leftovers
 from criu_tcpcp.merging import Merging

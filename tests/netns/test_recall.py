@@ -16,8 +16,9 @@ from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.core.errors import Refused
 from criu_tcpcp.core.state import NOTHING_LEARNT, Congestion, ConnectionState
 from criu_tcpcp.kernel import tcpinfo
-from criu_tcpcp.kernel.rawpacket import Injector, Sniffer
+from criu_tcpcp.kernel.rawpacket import Injector
 from criu_tcpcp.kernel.rules import MARK
+from criu_tcpcp.kernel.tap import Sniffer
 from criu_tcpcp.lab import Lab, Weather
 from waiting import until
 
