@@ -265,6 +265,13 @@ class Play:
             return refused.message.partition(f" of process {os.getpid()} ")[2]
         return None
 
+    def more_came(self, length: int) -> None:
+        """The peer asks at a closed window again and again, from 200 ms on, and what was too full may be so no more:
+        the kernel puts segments together (net/ipv4/tcp_input.c tcp_collapse)."""
+        more = length - len(self.to_us)
+        if more > 0:
+            self.to_us, self.beyond = self.to_us + self.beyond[:more], self.beyond[more:]
+
     def read(self) -> ConnectionState:
         """Behind the silence, as in a pass: a timer that fires between the reading and the end would send more."""
         sock = self.moving
@@ -377,6 +384,7 @@ def closed(sock: socket.socket) -> bool:
 def matches(cell: Cell, state: ConnectionState, play: Play) -> None:
     """What was read is what the cell says."""
     assert state.tcp_state is cell.state
+    play.more_came(len(state.received))
     assert state.received == play.to_us
     assert state.outgoing == (play.to_peer[-len(state.outgoing):] if state.outgoing else b"")
     if cell.outgoing != "zero window":
