@@ -9,6 +9,7 @@ the connection or hearing it, whatever a restored socket might want to say.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import secrets
 import socket
@@ -34,6 +35,7 @@ from .kernel import conntrack, netns, process, repair, routing, sockdiag, sockop
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
+from .kernel.tap import KnockListener
 from .merging import LASTS_S, Merging
 from .redirect import tunnelled
 from .redirect.forward import DivertAtDestination
@@ -45,6 +47,7 @@ _LONGEST_MS = 1 << 31  # of the TSval clock: what is later is earlier (RFC 7323 
 _PREPARED_TIMEOUT_S = 10.0
 _STANDS_FOR = 2  # times what the origin allows itself before its offer: its word may be under way when that is over
 _INTERRUPTED_TIMEOUT_S = 30.0
+_LISTENS_S = 1.0  # for a packet that the origin sends every few milliseconds
 _LONGEST_WAIT_S = 600.0  # for a state, however long an origin wants to look for a quiet instant
 PROLOGUE_FILE = "prologue"
 _FORCED = frozenset({"SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK"})  # of a dormant socket: they are not the program's
@@ -198,12 +201,15 @@ class Destination:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             message = self._wire.receive(timeout_s)
-            while isinstance(message, (messages.Imminent, messages.Dig)) \
+            while isinstance(message, (messages.Imminent, messages.Dig, messages.Listen)) \
                     and self._machine_state is DestinationState.READY:
-                if isinstance(message, messages.Dig):
-                    self._dig(message)
-                else:
-                    self._warm_up()
+                match message:
+                    case messages.Dig():
+                        self._dig(message)
+                    case messages.Listen():
+                        self._listen(message)
+                    case messages.Imminent():
+                        self._warm_up()
                 message = self._wire.receive(None if deadline is None else max(0, deadline - time.monotonic()))
         except LinkTimeout:
             return Event.TIMEOUT
@@ -226,6 +232,13 @@ class Destination:
             self._wire.send(messages.Refused(message.pass_id, error.message, error.hint))
         else:
             self._wire.send(messages.Dug(message.pass_id))
+
+    def _listen(self, message: messages.Listen) -> None:
+        """Where this host cannot listen, nothing is heard."""
+        heard = False
+        with contextlib.suppress(TcpcpError), contextlib.closing(KnockListener(self.flow)) as listener:
+            heard = listener.hears(message.size, _LISTENS_S)
+        self._wire.send(messages.Heard(message.pass_id, heard))
 
     def received(self, message: Message) -> Event:
         event = event_of(message, self.journal.pass_id)

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 from .errors import ProtocolError
 from .state import MAX_CARRIED
 
-PROTOCOL = 8  # one more for every message, field or meaning that is new
+PROTOCOL = 9  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
@@ -249,6 +249,25 @@ class Dug(Message):
 
 
 @dataclass(frozen=True)
+class Listen(Message):
+    """Listen for a packet of this connection of at least `size` bytes that no peer sends: until you have answered I
+    send such by the way on which the connection's are to come."""
+
+    kind = 23
+    pass_id: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Heard(Message):
+    """`heard`: one came."""
+
+    kind = 24
+    pass_id: str
+    heard: bool
+
+
+@dataclass(frozen=True)
 class Try(Message):
     """Try what a pass needs, at the other host. `feature`: only this one, or '' for all."""
 
@@ -267,7 +286,8 @@ class Tried(Message):
 _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
-                    Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent, Dig, Dug)}
+                    Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent, Dig, Dug, Listen,
+                    Heard)}
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

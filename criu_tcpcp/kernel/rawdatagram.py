@@ -31,11 +31,12 @@ def build_datagram(source: Endpoint, destination: Endpoint, payload: bytes, *, h
                     traffic_class)
 
 
-def build_knock(source: Endpoint, destination: Endpoint) -> bytes:
+def build_knock(source: Endpoint, destination: Endpoint, size: int = 0) -> bytes:
     """A datagram that says it is shorter than its header: no socket takes it, and nobody answers (net/ipv4/udp.c,
-    __udp4_lib_rcv: short_packet)."""
+    __udp4_lib_rcv: short_packet). `size`: of the whole packet, at least."""
+    empty = (20 if source.address.version == 4 else 40) + _HEADER
     return _packets(source, destination, socket.IPPROTO_UDP, struct.pack(">HHHH", source.port, destination.port, 0, 0)
-                    + bytes(_HEADER))[0]
+                    + bytes(max(_HEADER, size - empty)))[0]
 
 
 def build_refusal(flow: Flow) -> bytes:

@@ -10,14 +10,14 @@ import socket
 import struct
 from dataclasses import dataclass
 
-from ..core.endpoint import Endpoint, Flow, Protocol
+from ..core.endpoint import Endpoint, Flow, IPAddress, Protocol
 from ..core.restoreplan import InjectSegment
 from .checksums import checksum, pseudo_header
 from .rawdatagram import build_knock
 from .syscalls import failing
 
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
-_SO_MARK, _IPV6_HDRINCL = 36, 36
+_SO_MARK, _SO_BINDTOIFINDEX, _IPV6_HDRINCL = 36, 62, 36
 
 
 def build_segment(source: Endpoint, destination: Endpoint, *, sequence: int, acknowledgement: int, flags: int,
@@ -100,10 +100,16 @@ class Injector:
     def knock(self, flow: Flow) -> None:
         """Show this host's rules a packet of the flow that no peer sends (kernel/rules.py, `gate`); they let it go no
         further. A socket would ignore it."""
-        packet = (build_knock(flow.peer, flow.local) if flow.protocol is Protocol.UDP else
-                  build_segment(flow.peer, flow.local, sequence=0, acknowledgement=0, flags=0, window=0))
         with contextlib.suppress(OSError):  # EPERM is what a rule drops; without the knock the hold ends all the same
-            self._socket.sendto(packet, (str(flow.local.address), 0))
+            self._socket.sendto(_knock(flow, 0), (str(flow.local.address), 0))
+
+    def knock_at(self, nexthop: IPAddress, interface: int, flow: Flow, size: int) -> None:
+        """Send such a packet, of at least `size` bytes, to a next hop on one of this host's links. KernelError where it
+        cannot leave. A raw socket's packet goes where sendto says, not where its header does (net/ipv4/raw.c,
+        raw_sendmsg; net/ipv6/raw.c, rawv6_sendmsg)."""
+        with failing("send of a made packet"):
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, interface)
+            self._socket.sendto(_knock(flow, size), (str(nexthop), 0))
 
     def deliver_bare(self, flow: Flow, flags: int, sequence: int, acknowledgement: int = 0,
                      payload: bytes = b"") -> None:
@@ -121,3 +127,21 @@ class Injector:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def is_knock(packet: bytes, protocol: Protocol, ip_version: int) -> bool:
+    """Such a packet as `Injector.knock_at` sends."""
+    if protocol is Protocol.UDP:
+        start = (packet[0] & 15) * 4 if packet and ip_version == 4 else 40
+        return packet[start + 4:start + 6] == b"\0\0"
+    segment = headers(packet, ip_version)
+    return segment is not None and segment.flags == 0
+
+
+def _knock(flow: Flow, size: int) -> bytes:
+    """A packet of the peer's that no peer sends, and that no socket takes or answers."""
+    if flow.protocol is Protocol.UDP:
+        return build_knock(flow.peer, flow.local, size)
+    empty = 40 if flow.ip_version == 4 else 60
+    return build_segment(flow.peer, flow.local, sequence=0, acknowledgement=0, flags=0, window=0,
+                         payload=bytes(max(0, size - empty)))

@@ -25,7 +25,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .. import endpoints, namespaces, redirect
@@ -40,8 +40,6 @@ from ..core.messages import (
     Activate,
     Active,
     Commit,
-    Dig,
-    Dug,
     Imminent,
     Lost,
     Message,
@@ -58,13 +56,13 @@ from ..inventory import Connection
 from ..journal import ANNOUNCED, TOLD, Journal
 from ..kernel import netns, process, syscalls
 from ..kernel.rules import HostRules
-from ..kernel.tunnel import Tunnel
 from ..redirect import tunnelled
 from ..redirect.forward import DivertAtDestination
 from ..transport.target import LocalTarget, Target, target_from_json
 from .counterpart import Counterpart
 from .extraction import Extraction, extraction_of, parts_of
 from .process import OriginProcess
+from .way import laid
 
 STATE_FILE = "state"
 _ANSWER_TIMEOUT_S = 3.0
@@ -168,29 +166,10 @@ class Origin:
         self._refuse_tls(endpoints.of(self.flow.protocol).first_unread(sock, _PEEK))
         self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
         self._refuse_minimal_ttl(self.plan)
-        if self.plan.tunnel is not None:
-            self.plan = self._dig(self.plan, self.plan.tunnel)
+        self.plan = laid(self.plan, self.flow, self.journal, wire, answer.address_is_local)
         self._redirect = redirect.origin_half(self.plan, self._setting())
         self._redirect.stage(self._need(self._rules), self.flow)
         self._announce()
-
-    def _dig(self, plan: redirect.Plan, tunnel: Tunnel) -> redirect.Plan:
-        """Both ends of a tunnel. Where it does not work, Refused; but if packets also come to the destination by
-        themselves, it is done without: those that were held are dropped then."""
-        interface = tunnelled.dig(tunnel, self.journal)
-        self.there.wire.send(Dig(self.journal.pass_id, str(tunnel.there), str(tunnel.here)))
-        answer = self.there.wire.receive(_STAGE_TIMEOUT_S)
-        try:
-            if isinstance(answer, RefusedMessage):
-                raise Refused(answer.reason, hint=answer.hint)
-            if not isinstance(answer, Dug):
-                raise ProtocolError("the destination answered out of turn")
-            tunnelled.try_out(tunnel, self.flow)
-        except Refused:
-            if self.staged is None or not self.staged.address_is_local:
-                raise
-            return replace(plan, nexthop=None, source="")
-        return replace(plan, interface=interface)
 
     def _setting(self) -> redirect.Setting:
         return redirect.Setting(self.journal.pass_id, self.there.hello.host if self.there.hello is not None else "")

@@ -120,7 +120,9 @@ def decode_udp(frame: Frame, capture: str) -> UdpDatagram | IcmpError | None:
             return error if isinstance(error, IcmpError) else None
         if ip.protocol != _UDP:
             return None
-        sport, dport = struct.unpack_from("!HH", frame.data, ip.offset)
+        sport, dport, length = struct.unpack_from("!HHH", frame.data, ip.offset)
+        if length < 8:  # than its own header: no socket takes it (RFC 768), and a pass sends such to try a way
+            return None
         return UdpDatagram(frame.time_ns, capture, frame.number, _endpoint(ip.src, sport), _endpoint(ip.dst, dport),
                            frame.data[ip.offset + 8:ip.end], ip.ttl, ip.tos, ip.df)
     except (struct.error, IndexError, ValueError):

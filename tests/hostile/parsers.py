@@ -50,7 +50,7 @@ from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.executor import event_of
 from criu_tcpcp.graft.replacing import Place
 from criu_tcpcp.journal import Journal
-from criu_tcpcp.kernel import netlink, process, rawdatagram, rawpacket, sockopt
+from criu_tcpcp.kernel import netlink, process, rawdatagram, rawpacket, sockopt, tap
 from criu_tcpcp.origin.extraction import parts_of
 from criu_tcpcp.redirect import Plan
 from criu_tcpcp.transport.known_hosts import judge, known_keys
@@ -454,7 +454,9 @@ def _packet(rng: Random) -> tuple[bytes, int]:
 
 def _take_packet(given: tuple[bytes, int]) -> None:
     packet, version = given
-    stamps = rawpacket._timestamps(packet, version)
+    stamps = tap._timestamps(packet, version)
+    for protocol in Protocol:
+        rawpacket.is_knock(packet, protocol, version)
     assert stamps is None or all(0 <= number < MODULUS for number in stamps)
     begin, length = rawpacket.extent(packet, version)
     assert 0 <= begin < MODULUS
