@@ -13,8 +13,9 @@ The gateway routes by mark, and a map says which connection has which; what is i
     ip rule add fwmark 2 lookup 102;  ip route add default via 10.77.2.12 table 102
 
 That is the balancer's own setting, made beforehand (for IPv6: ip6, ipv6_addr, ip6 saddr, ip -6). One element of the map
-is one connection: `commit` adds it, `undo` and `release` take it away. The origin host is out of the way from `commit`
-on; until then it sends the packets on. Every event may come twice, so to find the work done is no error.
+is one connection: `commit` sets it, `undo` and `release` take it away. The origin host is out of the way from `commit`
+on; until then it sends the packets on. Every event may come twice, so to find the work done is no error. A connection
+that is passed on, or home again, has an element already: its mark is replaced in one transaction.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ import sys
 from typing import Any
 
 
-def gateway(words: str, command: str, accepted: str = "") -> None:
-    """Run it there; exit with what it says where it fails, unless it says `accepted`."""
-    done = subprocess.run([*shlex.split(words), *shlex.split(command)], text=True, stderr=subprocess.PIPE,
+def gateway(words: str, order: str, accepted: str = "") -> bool:
+    """Have nft do it there, all or nothing; exit with what it says where it cannot. False where it says `accepted`."""
+    done = subprocess.run([*shlex.split(words), "nft", "-f", "-"], input=order, text=True, stderr=subprocess.PIPE,
                           stdout=subprocess.DEVNULL, check=False)
     if done.returncode and not (accepted and accepted in done.stderr):
-        sys.exit(f"{command}: {done.stderr.strip().splitlines()[0] if done.stderr.strip() else done.returncode}")
+        sys.exit(f"nft, {order!r}: {done.stderr.strip().splitlines()[0] if done.stderr.strip() else done.returncode}")
+    return done.returncode == 0
 
 
 def main() -> None:
@@ -51,13 +53,16 @@ def main() -> None:
     connection = f"{peer} . {peer_port} . {local_port}"
     if where not in marks:
         sys.exit(f"the balancer has no mark for {where}")
+    add = f"add element {moved} {{ {connection} : {marks[where]} }}"
+    delete = f"delete element {moved} {{ {connection} }}"
     match occasion["event"]:
         case "stage":  # can the gateway be reached, and has it the map?
-            gateway(arguments.gateway, f"nft list map {moved}")
+            gateway(arguments.gateway, f"list map {moved}")
         case "commit":
-            gateway(arguments.gateway, f"nft add element {moved} {{ {connection} : {marks[where]} }}", "File exists")
+            if not gateway(arguments.gateway, add, "File exists"):
+                gateway(arguments.gateway, f"{delete}\n{add}")
         case "undo" | "release":
-            gateway(arguments.gateway, f"nft delete element {moved} {{ {connection} }}", "No such file or directory")
+            gateway(arguments.gateway, delete, "No such file or directory")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,22 @@ def test_a_balancers_map_takes_the_connection_away_from_the_origin_host(version:
         assert "elements" not in gateway.run(["nft", "list", "map", family, "balancer", "moved"]).stdout
 
 
+def test_a_balancers_map_follows_a_connection_home() -> None:
+    """Its element has another mark then."""
+    with connected() as (here, peer):
+        gateway, lab = here.lab.gateway, here.lab
+        gateway.run(["nft", "table ip balancer { map moved { type ipv4_addr . inet_service . inet_service : mark; } }"])
+        words = shlex.join([sys.executable, str(EXAMPLE), "--gateway", f"nsenter --net={gateway.netns}",
+                           "--mark", f"{lab.destination.ipv4}=2", "--mark", f"{lab.origin.ipv4}=1"])
+        for mark in (2, 1, 2):
+            here.pass_once("--redirect", f"hook:{words}")
+            exchange(peer, b"passed")
+            assert f": 0x{mark:08x}" in gateway.run(["nft", "list", "map", "ip", "balancer", "moved"]).stdout
+        ended(here, peer)
+        here.prove()
+        assert here.release() == []
+
+
 def test_a_hook_that_is_no_program_is_refused_before_anything(tmp_path: Path) -> None:
     with connected() as (here, peer):
         for wanted, why in ((f"hook:{tmp_path}/nothing", "is not a program that can be started here"),
