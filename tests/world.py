@@ -165,12 +165,14 @@ class World:
 
     def prove(self, before: dict[str, int] | None = None, *, loss_free: bool = True,
               application: dict[str, Any] | None = None, changes: bool = True,
-              passes: int | None = None, reorders: bool = False) -> verify.Verdict:
+              passes: int | None = None, reorders: bool = False,
+              captures: list[verify.Capture] | None = None) -> verify.Verdict:
         """That the peer could not tell: every assertion over the whole life of the connection, and nothing unjudged but
         what is named here. `application`: what the peer's program reported; `changes`: the owner spoke between any two
-        passes, so that every pass can be seen; `passes`: how many there were, where `pass_once` did not do them."""
+        passes, so that every pass can be seen; `passes`: how many there were, where `pass_once` did not do them;
+        `captures`: of an earlier call of that name, where several connections are in them."""
         counters = (before, self.counters()) if before is not None else None
-        captures = self.captures()
+        captures = self.captures() if captures is None else captures
         verdict = self._judged(captures, loss_free=loss_free, counters=counters, application=application,
                                passes=passes, reorders=reorders)
         found = [one for one in verdict.violations if not self._was_too_slow(one)]
@@ -220,7 +222,7 @@ class World:
             if capture.role is verify.Role.PEER:
                 continue
             for packet in capture.packets:
-                if packet.src == self.flow.local:
+                if (packet.src, packet.dst) == (self.flow.local, self.flow.peer):
                     number = bisect.bisect_right(self._owners, packet.time_ns, key=lambda one: one[0])
                     _began, ended, old, new = self._owners[number - 1] if number else (0, 0, None, self.lab.origin)
                     may = {new.name} if packet.time_ns > ended or old is None else {old.name, new.name}
