@@ -1,6 +1,6 @@
-"""List the connections in a directory of CRIU images.
+"""List the connections in CRIU images.
 
-The directory is one of `criu-tcpcp dump`, or of `criu dump`."""
+They are in a directory, by `criu-tcpcp dump` or `criu dump`, or in a container engine's checkpoint archive (podman)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ HELP = "list the connections in CRIU images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-D", "--images-dir", required=True, metavar="DIR", dest="directory",
-                        help="a directory of images, by criu-tcpcp dump or criu dump")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("-D", "--images-dir", metavar="DIR", dest="directory",
+                       help="a directory of images, by criu-tcpcp dump or criu dump")
+    place.add_argument("archive", metavar="ARCHIVE", nargs="?",
+                       help="a checkpoint archive, as `podman container checkpoint --export` writes it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--payload", action="store_true",
                         help="also what is in the queues, and what the application handed over (JSON: in base64)")
@@ -26,11 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import imagedir
     from ..core import imageset
     from ..core.errors import ProtocolError
+    from ..pipeline import archive
     try:
-        files = imagedir.read(arguments.directory)
+        files = archive.read(arguments.archive) if arguments.archive else imagedir.read(arguments.directory)
         found = imageset.read(files)
     except ProtocolError as error:
-        raise Refused(f"{arguments.directory}: {error.message}",
+        raise Refused(f"{arguments.archive or arguments.directory}: {error.message}",
                       hint="-D names a directory of criu-tcpcp dump, or of criu dump --tcp-established") from None
     if arguments.json:
         about = imageset.about(files)

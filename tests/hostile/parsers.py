@@ -9,16 +9,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gzip
+import io
 import ipaddress
 import json
 import os
 import socket
 import struct
+import tarfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
+
+import zstandard
 
 from criu_tcpcp import application, apps, features, graft, journal, verify
 from criu_tcpcp.cli import cmd_show, console
@@ -52,6 +57,7 @@ from criu_tcpcp.graft.replacing import Place
 from criu_tcpcp.journal import Journal
 from criu_tcpcp.kernel import netlink, process, rawdatagram, rawpacket, sockopt, tap
 from criu_tcpcp.origin.extraction import parts_of
+from criu_tcpcp.pipeline import archive
 from criu_tcpcp.redirect import Plan
 from criu_tcpcp.transport.known_hosts import judge, known_keys
 from criu_tcpcp.transport.ssh_config import Hop, resolve
@@ -335,6 +341,50 @@ def _show(files: dict[str, bytes]) -> None:
     for one in imageset.read(files):
         json.dumps(cmd_show._object(one, about, payload=True))
         assert one.whole or one.problem or imageset.OURS not in files or one.stream is not None
+
+
+@functools.cache
+def _archives() -> list[bytes]:
+    """As engines make them: what tells of connections is a small part."""
+    found = []
+    for files, kind in zip((*_directories(), _directories()[1]), (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT,
+                                                                  tarfile.USTAR_FORMAT), strict=True):
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w", format=kind) as tar:
+            for name, data in {"config.dump": b"{}", "checkpoint/pages-1.img": bytes(9000),
+                               **{f"checkpoint/{name}": data for name, data in files.items()},
+                               f"checkpoint/{'long/' * 25}": b"name"}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        found.append(made.getvalue())
+    return found
+
+
+def _archive(rng: Random) -> bytes:
+    """Bent before it is compressed, or after; a header is bent with its checksum right."""
+    data = rng.choice(_archives())
+    if rng.randrange(3):
+        data = _bent_header(rng, data) if rng.randrange(2) else bent_bytes(rng, data)
+    packed = rng.choice((bytes, gzip.compress, zstandard.compress))(data)
+    return bent_bytes(rng, packed) if is_rare(rng, 3) else packed
+
+
+def _bent_header(rng: Random, data: bytes) -> bytes:
+    begin = rng.randrange(len(data) // 512) * 512
+    header = bytearray(data[begin:begin + 512])
+    field = rng.choice(((124, 12), (156, 1), (257, 8), (345, 100)))  # size, typeflag, magic, prefix: pax(1)
+    value = rng.choice((b"77777777777\0", b"\x80" + b"\xff" * 11, rng.randbytes(12), b"x", b"g", b"L", b"S", b"1"))
+    header[field[0]:field[0] + field[1]] = value[:field[1]].ljust(field[1], b"\0")
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    return data[:begin] + bytes(header) + data[begin + 512:]
+
+
+def _unpack(data: bytes) -> None:
+    with os.fdopen(os.memfd_create("archive"), "wb", buffering=0) as file:
+        file.write(data)
+        _show(archive.read(f"/proc/self/fd/{file.fileno()}"))
 
 
 @functools.cache
@@ -654,6 +704,7 @@ PARSERS: dict[str, Parser] = {one.name: one for one in (
     Parser("state", _image, _restore),
     Parser("datagram state", _datagram_image, _restore_datagrams),
     Parser("directory", _directory, _show),
+    Parser("archive", _archive, _unpack),
     Parser("journal", _log, _read_log),
     Parser("saved state", _saved, _resume),
     Parser("capture", _capture, _judge_capture),

@@ -1,0 +1,1 @@
+"""CRIU's images as other programs keep them: archives of container engines."""
