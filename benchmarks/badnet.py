@@ -1,6 +1,6 @@
 """Passes while the network between the peer and the servers is bad, all of them judged.
 
-    ./dev bench badnet [--passes 1000] [--seed 1] [--json]
+    ./dev bench badnet [--passes 1000] [--seed 1] [--skip CELLS] [--json]
 
 Cell after cell: a loss of 0, 1 or 5 %, a round trip of 1, 20 or 100 ms, and one of three loads, over IPv4 and IPv6 in
 turn. Where packets are lost, as many come twice, and as many come late, behind others. In each cell one connection is
@@ -124,10 +124,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev bench badnet", description=__doc__.split("\n")[0])
     parser.add_argument("--passes", type=int, default=1000, help="in all cells together")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--skip", type=int, default=0, help="so many cells, which another run has had")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     all_cells = cells(arguments.seed)
     each = -(-arguments.passes // len(all_cells))
+    del all_cells[:arguments.skip]
     if not arguments.json:
         print(f"{'loss, round trip, load':40}{'passes':>8}{'undone':>8}{'hold ms':>9}{'sent again':>12}"
               f"{'wrong bytes':>13}{'violations':>12}")
