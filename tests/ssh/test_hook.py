@@ -176,7 +176,8 @@ def test_a_balancers_map_follows_a_connection_home() -> None:
     """Its element has another mark then."""
     with connected() as (here, peer):
         gateway, lab = here.lab.gateway, here.lab
-        gateway.run(["nft", "table ip balancer { map moved { type ipv4_addr . inet_service . inet_service : mark; } }"])
+        gateway.run(["nft", "table ip balancer "
+                     "{ map moved { type ipv4_addr . inet_service . inet_service : mark; }; }"])
         words = shlex.join([sys.executable, str(EXAMPLE), "--gateway", f"nsenter --net={gateway.netns}",
                            "--mark", f"{lab.destination.ipv4}=2", "--mark", f"{lab.origin.ipv4}=1"])
         for mark in (2, 1, 2):
