@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from . import endpoints, graft
 from .core import messages
-from .core.endpoint import Flow, Protocol
+from .core.endpoint import Flow
 from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
 from .core.handoff import Action, DestinationState, Event
 from .core.image import Image
@@ -40,6 +40,7 @@ from .merging import LASTS_S, Merging
 from .redirect import tunnelled
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
+from .tracking import Tracked
 from .transport.wire import Wire
 
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
@@ -76,6 +77,8 @@ class Destination:
         self._keeps_fence = False
         self._divert: DivertAtDestination | None = None
         self._merging: Merging | None = None
+        self._tracked: Tracked | None = None
+        self._is_tracked_by_us = False
         self._injector: Injector | None = None
         self._sock: socket.socket | None = None
         self._endpoint = endpoints.of(flow.protocol)
@@ -131,15 +134,17 @@ class Destination:
         if used is not None:
             raise Refused(f"the destination has a connection {flow} already (state {used.label})",
                           refusal=Refusal.IN_USE)
-        refuse_unfit(self._needs, flow.protocol)
+        refuse_unfit(self._needs)
         self._graft = graft.find(self._into, flow)
         self._admit(self._graft.takers())
+        self._tracked = Tracked(flow, "the destination")
+        self._is_tracked_by_us = self._tracked.is_ours
         with host_rules(flow.ip_version, flow.protocol) as rules:
             self._keeps_fence = rules.is_fenced(flow)  # of an earlier pass from here: it outlives this one undone
         self.journal.write("staged", flow=flow.to_json(), into=self._into, network=list(netns.own()),
                            divert=not self.address_is_local,
-                           keeps_fence=self._keeps_fence, way=self._graft.way, taker=self._graft.taker.to_json(),
-                           has_prologue=self._prologue is not None)
+                           keeps_fence=self._keeps_fence, tracked=self._is_tracked_by_us, way=self._graft.way,
+                           taker=self._graft.taker.to_json(), has_prologue=self._prologue is not None)
         if self._prologue is not None:
             self.journal.save(PROLOGUE_FILE, self._prologue)  # an interrupted activation may need it once more
         for verdict in ("committed", "aborted"):
@@ -156,6 +161,8 @@ class Destination:
         self._moves = self._rules.moves_of(self.flow)
         self._rules.prepare_fence()
         self._rules.fence(self.flow)
+        self._tracked = self._tracked or Tracked(self.flow, "the destination")
+        self._tracked.enter()
         if not self.address_is_local:
             self._divert = DivertAtDestination()
             self._divert.stage(self._rules, self.flow)
@@ -345,6 +352,8 @@ class Destination:
             raise Refused("the pass was not staged")
         if sock is not None:
             state.open(sock, self._elapsed_ms)
+        if self._tracked is not None:
+            self._tracked.enter(state.fins)
         if self._merging is not None:
             self._merging.begin(state.order())
         rules.take_over(self.flow, self._moves)  # if this host had passed the connection away, it comes home
@@ -407,6 +416,8 @@ class Destination:
                 self._divert.undo(rules, self.flow)
             rules.keep_in(self.flow)
             rules.sweep()
+        if self._is_tracked_by_us:
+            conntrack.forget(self.flow)
         if self.journal.verdict() != "committed":
             self.journal.remove()
         tunnelled.sweep()
@@ -432,6 +443,7 @@ class Destination:
         side._interrupted = True
         side.address_is_local = not staged["divert"]
         side._keeps_fence = staged.get("keeps_fence", False)
+        side._is_tracked_by_us = staged.get("tracked", False)
         side._rules = HostRules(side.flow.ip_version, side.flow.protocol)
         if staged["divert"]:
             side._divert = DivertAtDestination()
@@ -479,7 +491,7 @@ class Destination:
     def close(self) -> None:
         if self._merging is not None and self._merging.is_on:  # the origin's next word says it, or the end of the link
             self._wire.wait(LASTS_S)
-        for part in (self._sock, self._graft, self._merging, self._injector, self._rules):
+        for part in (self._sock, self._graft, self._merging, self._tracked, self._injector, self._rules):
             if part is not None:
                 part.close()
 
@@ -493,14 +505,11 @@ class Destination:
         Action.SEND_ACTIVE: _send_active, Action.SEND_ABORTED: _send_aborted, Action.SEND_LOST: _send_lost}
 
 
-def refuse_unfit(needs: Container[str], protocol: Protocol = Protocol.TCP) -> None:
+def refuse_unfit(needs: Container[str]) -> None:
     """What this kernel, as it is set in this network namespace, cannot do for a connection. `needs`: as of Stage."""
     if Refusal.USEC_TIMESTAMPS in needs and not repair.has_usec_timestamps():
         raise Refused("the connection uses microsecond timestamps, which the destination's kernel does not have",
                       refusal=Refusal.USEC_TIMESTAMPS, hint="Linux 6.7 and later have them")
-    if protocol is Protocol.TCP and conntrack.refuses_the_middle():
-        raise Refused("the destination's conntrack takes no connection whose beginning it has not seen",
-                      refusal=Refusal.CONNTRACK, hint="there: sysctl net.netfilter.nf_conntrack_tcp_loose=1")
 
 
 def _elapsed(milliseconds: int) -> int:

@@ -156,7 +156,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
                     _is(str)),
     **dict.fromkeys(("pid", "start_time", "cookie", "inode", "extracted_at_ms", "offered_at_ms", "sequence",
                      "descriptor"), _is(int)),
-    **dict.fromkeys(("divert", "keeps_fence", "has_prologue", "fences", "injected"), _is(bool)),
+    **dict.fromkeys(("divert", "keeps_fence", "tracked", "has_prologue", "fences", "injected"), _is(bool)),
     **dict.fromkeys(("flow", "flow_json", "thrown", "plan", "target"), _is(dict)),
     "descriptors": _are_numbers, "taker": _is_identity, "network": _is_identity, "doubt_limit_s": _is(int, float),
     "place": _is(str, dict, type(None))}

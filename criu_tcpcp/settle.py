@@ -28,7 +28,7 @@ from .imagewriter import take_away_remnant
 from .inventory import Connection
 from .journal import Journal, structure_lock
 from .keeper import finish_journal, make_report
-from .kernel import netns, process, routing, sockdiag, syscalls
+from .kernel import conntrack, netns, process, routing, sockdiag, syscalls
 from .kernel.rules import HostRules, host_rules
 from .origin import STATE_FILE, Origin
 from .redirect import tunnelled
@@ -369,6 +369,8 @@ def _remove(journal: Journal) -> None:
                 rules.unfence(flow)
                 DivertAtDestination().undo(rules, flow)
                 rules.keep_in(flow)
+                if not _alive_here(flow):
+                    conntrack.forget(flow)  # whoever made it: a connection that was passed on never ends there
             graft.forget(journal, rules)
             rules.sweep()
     _forget(journal)
@@ -442,6 +444,8 @@ def _undo_staged(journal: Journal) -> None:
             DivertAtDestination().undo(rules, flow)
             rules.keep_in(flow)
             rules.sweep()
+            if staged.get("tracked"):
+                conntrack.forget(flow)
     _forget(journal)
 
 

@@ -23,6 +23,7 @@ class Refusal(enum.StrEnum):
     LOOPBACK = "loopback"
     LINK_LOCAL = "link-local"
     LOCAL_PEER = "local-peer"
+    NAT = "nat"
     URGENT_DATA = "urgent-data"
     ZEROCOPY = "zerocopy"
     SEND_TIMESTAMPS = "send-timestamps"

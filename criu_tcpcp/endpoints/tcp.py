@@ -26,6 +26,11 @@ class TcpRestoration(Carried[ConnectionState]):
     def has_unwritten(self) -> bool:
         return bool(self.state.unsent_bytes) or self.state.fin_unsent
 
+    @property
+    def fins(self) -> int:
+        sent = self.state.tcp_state in tcp.FIN_QUEUED_STATES and not self.state.fin_unsent
+        return self.state.fin_received + sent
+
     def fit(self, own: Mapping[str, OptionValue], ipv6_socket: bool) -> None:
         self.state = fitted(self.state, own, ipv6_socket)
 

@@ -25,6 +25,7 @@ class UdpRestoration(Carried[DatagramState]):
     """As of `endpoints.Restoration`."""
 
     has_unwritten = False
+    fins = 0
 
     def fit(self, own: Mapping[str, OptionValue], ipv6_socket: bool) -> None:
         self.state = fitted(self.state, own, ipv6_socket)

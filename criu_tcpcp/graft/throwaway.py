@@ -23,7 +23,7 @@ from ..core import tcp
 from ..core.endpoint import Flow
 from ..core.errors import KernelError, Refused
 from ..journal import Journal
-from ..kernel import repair, sockdiag
+from ..kernel import conntrack, repair, sockdiag
 from ..kernel.interception import Interception
 from ..kernel.rawpacket import ACK, RST, SYN, Injector
 from ..kernel.rules import MARK, HostRules, marks_are_inherited
@@ -81,6 +81,9 @@ class Forged:
                           hint="sysctl net.ipv4.tcp_fwmark_accept=0 at the destination")
         if self._fences:
             self._rules.fence(self.flow)
+            if conntrack.knows_any():  # the SYN-ACK goes nowhere, so what it follows would never be established
+                with contextlib.suppress(KernelError), contextlib.closing(conntrack.Tracking()) as tracking:
+                    tracking.enter(self.flow)
         with contextlib.ExitStack() as stack:
             caught = stack.enter_context(contextlib.closing(Interception(self.flow)))
             self._injector.deliver_bare(self.flow, SYN, self._sequence)
@@ -132,7 +135,7 @@ class Forged:
     def forget(self) -> None:
         self.fall_silent()
         if self._fences:
-            self._rules.unfence(self.flow)
+            _take_away(self.flow, self._rules)
             self._fences = False
 
 
@@ -228,14 +231,20 @@ def clear(journal: Journal, rules: HostRules) -> None:
         with contextlib.closing(Injector(flow.ip_version, MARK)) as injector:
             _end_unowned(flow, record["sequence"], injector)
         if record["fences"]:
-            rules.unfence(flow)
+            _take_away(flow, rules)
 
 
 def unfence(journal: Journal, rules: HostRules) -> None:
     """The fences of this pass's forged connections go."""
     for record in journal.records():
         if record["record"] == THROWN and record["fences"]:
-            rules.unfence(Flow.from_json(record["thrown"]))
+            _take_away(Flow.from_json(record["thrown"]), rules)
+
+
+def _take_away(flow: Flow, rules: HostRules) -> None:
+    """The fence of a forged connection, and what conntrack knows of it."""
+    rules.unfence(flow)
+    conntrack.forget(flow)
 
 
 def _end_unowned(flow: Flow, sequence: int, injector: Injector) -> None:

@@ -118,6 +118,17 @@ class NetlinkSocket:
         self._send(what, message(kind, flags | F_ACK, family, resource, payload, sequence))
         self._acknowledged(what, {sequence})
 
+    def get(self, what: str, kind: int, family: int, payload: bytes) -> bytes:
+        """The one object that is asked for: its attributes. KernelError where there is none (`is_missing`)."""
+        sequence = self.next_sequence()
+        self._send(what, message(kind, 0, family, 0, payload, sequence))
+        while True:
+            for answer, number, body in messages(self._receive(what)):
+                if number == sequence and answer == _MSG_ERROR:
+                    _raise_unless_zero(what, body)
+                elif number == sequence:
+                    return bytes(body[_GENERIC.size:])
+
     def dump(self, what: str, kind: int, family: int, payload: bytes = b"") -> list[bytes]:
         """The answers to a dump request: attributes of each, behind the generic header."""
         sequence = self.next_sequence()

@@ -34,6 +34,7 @@ PREROUTING, OUTPUT = 0, 3  # NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT
 _REG32_00, _REG32_12 = 8, 20
 _META_MARK, _META_IIFNAME, _META_L4PROTO = 3, 6, 16
 _NETWORK, _TRANSPORT = 1, 2
+_CT_ZONE = 17
 _CMP_EQ, _CMP_NEQ = 0, 1
 _DYNSET_ADD, _DYNSET_UPDATE, _DYNSET_DELETE = 0, 1, 2
 _ACCEPT, _DROP = 1, 0
@@ -168,6 +169,13 @@ def duplicate(nexthop: bytes, interface: int) -> bytes:
     """A copy of the packet goes to the next hop (nft `dup to ADDRESS device DEVICE`)."""
     return (_immediate(_REG32_00, nexthop) + _immediate(_REG32_12, struct.pack("=I", interface))
             + _expression("dup", be32(1, _REG32_00), be32(2, _REG32_12)))
+
+
+def track_again() -> bytes:
+    """What conntrack was to pass over, it looks at after all (nft `ct zone set 0`): a packet that is untracked has no
+    connection (since Linux 4.12, cc41c84b7e7f), and so gets the template of the zone (net/netfilter/nft_ct.c,
+    nft_ct_set_zone_eval). Needs CONFIG_NF_CONNTRACK_ZONES, and has conntrack work from then on."""
+    return _immediate(_REG32_12, struct.pack("=H", 0)) + _expression("ct", be32(2, _CT_ZONE), be32(4, _REG32_12))
 
 
 def drop() -> bytes:

@@ -10,6 +10,8 @@
         tunnelled    prerouting -310   of what comes out of our tunnels (tunnel.py), only these connections go on, and
                                        of UDP those in a set beside it
         moved_*      prerouting -299   go to the next hop in the set's name, and no further
+        sent_on      output -300       where conntrack is at work: it sees what `moved` sends, which else is untracked,
+                                       and of which a firewall knows nothing
         fenced       prerouting -298   dropped, and dropped in output: this host does not speak for these connections
         diverted     prerouting -150   are for this host though their address is not: marked, so that a routing rule
                                        (routing.py) takes them to a local socket
@@ -37,7 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ..core.endpoint import Endpoint, Flow, IPAddress, Protocol
 from ..core.errors import KernelError
-from . import netlink, nftables
+from . import conntrack, netlink, nftables
 from .nftables import OUTPUT, PREROUTING, Chain, Component, Table
 from .syscalls import failing
 
@@ -48,7 +50,7 @@ CLOSING_S = 600
 
 _SWEEPS = 20  # by other commands, at the very moments at which something is added
 TUNNELS = "tcpcpx"  # how the names of our tunnels' devices begin
-_FENCED, _DIVERTED, _MOVED, _TUNNELLED = "fenced", "diverted", "moved_", "tunnelled"
+_FENCED, _DIVERTED, _MOVED, _SENT_ON, _TUNNELLED = "fenced", "diverted", "moved_", "sent_on", "tunnelled"
 _TUNNELLED_SETS = {Protocol.TCP: _TUNNELLED, Protocol.UDP: f"{_TUNNELLED}_udp"}
 _ANYWHERE: dict[int, IPAddress] = {4: ipaddress.IPv4Address(0), 6: ipaddress.IPv6Address(0)}
 
@@ -172,6 +174,14 @@ def _moved_component(version: int, protocol: Protocol, nexthop: IPAddress, inter
 
 
 @functools.cache
+def _sent_on_component(version: int, protocol: Protocol) -> Component:
+    """A copy that `dup` makes is untracked (net/ipv4/netfilter/nf_dup_ipv4.c)."""
+    return Component(version, (_SENT_ON,), (Chain(_SENT_ON, OUTPUT, -300, (
+        nftables.load_flow(version, protocol) + nftables.in_set(_SENT_ON) + nftables.refresh(_SENT_ON, LIFETIME_S)
+        + nftables.track_again(),)),))
+
+
+@functools.cache
 def _divert_component(version: int, protocol: Protocol) -> Component:
     return _living_component(version, protocol, _DIVERTED, -150, nftables.set_mark(MARK) + nftables.accept())
 
@@ -200,12 +210,21 @@ def _whole(version: int, protocol: Protocol) -> tuple[bytes, ...]:
 @functools.cache
 def reassembles(ip_version: int) -> bool:
     """This kernel can be made to put fragments together before our rules see them."""
+    return _takes(ip_version, PREROUTING, nftables.accept() + nftables.reassemble(ip_version))
+
+
+@functools.cache
+def can_track_again(ip_version: int) -> bool:
+    """This kernel knows the rule; where it does, conntrack is at work for a moment."""
+    return _takes(ip_version, OUTPUT, nftables.track_again())
+
+
+def _takes(ip_version: int, hook: int, rule: bytes) -> bool:
     wire = netlink.NetlinkSocket()
     try:
-        table = Table(wire, f"{TABLE}_whole_{os.getpid()}_{wire.fileno()}", ip_version)
+        table = Table(wire, f"{TABLE}_tried_{os.getpid()}_{wire.fileno()}", ip_version)
         table.create(nftables.TABLE_OWNER)
-        rule = nftables.accept() + nftables.reassemble(ip_version)
-        table.install(Component(ip_version, ("whole",), (Chain("whole", PREROUTING, -300, (rule,)),)))
+        table.install(Component(ip_version, ("tried",), (Chain("tried", hook, -300, (rule,)),)))
         return True
     except KernelError:
         return False
@@ -230,6 +249,7 @@ class HostRules:
 
     def __init__(self, ip_version: int, protocol: Protocol = Protocol.TCP) -> None:
         self.version, self.protocol = ip_version, protocol
+        self._tracks: bool | None = None
         self._wire = netlink.NetlinkSocket()
         self._table = self._table_of(protocol)
         self._guard = Table(self._wire, TABLE, ip_version, protocol)  # what is of one protocol and kept for all
@@ -266,10 +286,20 @@ class HostRules:
         """Make what `move` needs for this next hop on this link; returns the name of the set."""
         component = _moved_component(self.version, self.protocol, nexthop, interface)
         self._install(component)
+        if self._is_tracking():
+            self._install(_sent_on_component(self.version, self.protocol))
         return component.sets[0]
 
     def move(self, flow: Flow, nexthop: IPAddress, interface: int) -> None:
+        if self._is_tracking():
+            self._add(_sent_on_component(self.version, self.protocol), flow)
         self._add(_moved_component(self.version, self.protocol, nexthop, interface), flow)
+
+    def _is_tracking(self) -> bool:
+        """This kernel can have conntrack see what is sent on, and it is at work."""
+        if self._tracks is None:
+            self._tracks = conntrack.knows_any() and can_track_again(self.version)
+        return self._tracks
 
     def moves_of(self, flow: Flow) -> list[str]:
         """The sets that say where it goes: each behind its `_closing` one, which a FIN may put it into at
@@ -281,6 +311,7 @@ class HostRules:
     def stay(self, flow: Flow, names: Iterable[str] | None = None) -> bool:
         """No longer moved anywhere. `names`: an earlier result of `moves_of`."""
         found = [self._table.remove(name, flow) for name in (self.moves_of(flow) if names is None else names)]
+        self._table.remove(_SENT_ON, flow)
         return any(found)
 
     def take_over(self, flow: Flow, names: Iterable[str]) -> None:
@@ -374,6 +405,8 @@ class HostRules:
                 continue
             if name == _FENCED:
                 self._table.remove_if_unused(_fence_component(self.version, self.protocol))
+            elif name == _SENT_ON:
+                self._table.remove_if_unused(_sent_on_component(self.version, self.protocol))
             elif name == _DIVERTED:
                 self._table.remove_if_unused(_divert_component(self.version, self.protocol))
             elif name.startswith(_MOVED):

@@ -11,11 +11,14 @@ own, `DivertAtDestination` is staged. ICMP errors about the connection still go 
 
 from __future__ import annotations
 
+import contextlib
+
 from ..core.endpoint import Flow
 from ..core.errors import Refused
 from ..journal import structure_lock
 from ..kernel import routing
 from ..kernel.rules import HostRules
+from ..tracking import Tracked
 from . import OriginRedirect, Plan, Setting
 
 
@@ -30,7 +33,11 @@ class ForwardAtOrigin(OriginRedirect):
         self._nexthop, self._interface = plan.nexthop, plan.interface
 
     def stage(self, rules: HostRules, flow: Flow) -> None:
+        """A firewall here sees of the connection only what is sent on, from the pass on, and may take none of it for
+        invalid."""
         rules.prepare_move(self._nexthop, self._interface)
+        with contextlib.closing(Tracked(flow, "this host")) as tracked:
+            tracked.enter()
 
     def commit(self, rules: HostRules, flow: Flow) -> None:
         """From here on nothing of the connection reaches this host's stack."""

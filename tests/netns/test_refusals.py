@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from criu_tcpcp import inventory, obstacles
-from criu_tcpcp.core.errors import Refused
+from criu_tcpcp.core.errors import KernelError, Refused
 from criu_tcpcp.core.refusals import Refusal
 from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.destination import refuse_unfit
@@ -30,6 +30,7 @@ from criu_tcpcp.inventory import Connection
 from criu_tcpcp.kernel import conntrack, iouring, netns, process, repair, tcpinfo
 from criu_tcpcp.kernel.syscalls import libc
 from criu_tcpcp.origin.process import OriginProcess
+from criu_tcpcp.tracking import Tracked
 from endpoints import hears
 from waiting import until
 
@@ -399,9 +400,11 @@ def test_a_conntrack_that_takes_no_connection_from_its_middle(at_work: bool, lib
             rule = "ct state invalid drop"
             table = f"table inet strict {{ chain input {{ type filter hook input priority 0; {rule}; }}; }}"
             subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
-        assert not conntrack.refuses_the_middle()
+        assert not conntrack.is_strict()
         set_conntrack("nf_conntrack_tcp_loose", 0)
-        assert conntrack.refuses_the_middle() == at_work
+        assert conntrack.is_strict()
+        assert conntrack.is_at_work() == at_work
+        assert not conntrack.knows_any()  # the question has left nothing
         peer.send(b"from the middle")
         sock.settimeout(0.3 if at_work else 10)
         if at_work:
@@ -419,11 +422,24 @@ def test_a_destination_names_what_it_refuses(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(Refused, match="microsecond") as caught:
         refuse_unfit([Refusal.USEC_TIMESTAMPS])
     assert caught.value.refusal == Refusal.USEC_TIMESTAMPS
+
+
+def test_a_strict_conntrack_in_which_nothing_can_be_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a kernel without ctnetlink, or of a full table."""
+    def fails(*_: object) -> bool:
+        raise KernelError("conntrack: enter a connection", errno.ENOMEM, "no memory")
+
     table = "table inet strict { chain input { type filter hook input priority 0; ct state invalid drop; }; }"
     subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
-    set_conntrack("nf_conntrack_tcp_loose", 0)
-    with pytest.raises(Refused, match="conntrack") as caught:
-        refuse_unfit([])
+    monkeypatch.setattr(conntrack.Tracking, "enter", fails)
+    sock, peer = pair()
+    with sock, peer:
+        tracked = Tracked(tcpinfo.flow_of(sock), "the destination")
+        tracked.enter()  # it will be taken from its middle
+        set_conntrack("nf_conntrack_tcp_loose", 0)
+        tracked = Tracked(tcpinfo.flow_of(sock), "the destination")
+        with pytest.raises(Refused, match="conntrack of the destination") as caught:
+            tracked.enter()
     assert caught.value.refusal == Refusal.CONNTRACK
 
 

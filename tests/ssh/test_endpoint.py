@@ -158,20 +158,6 @@ def test_ecn_is_refused_and_passed_without_it_where_that_is_wanted() -> None:
         exchange(again, b"after")
 
 
-def test_a_strict_conntrack_at_the_destination_is_refused_and_a_loose_one_is_not() -> None:
-    with conversation(captured=False) as (here, peer):
-        there = here.lab.destination
-        rules = "table inet strict { chain input { type filter hook input priority 0; ct state invalid drop; }; }"
-        there.run(["nft", rules])
-        set_for(there, "netfilter/nf_conntrack_tcp_loose", 0)
-        assert listed_as(here) == {None}
-        answer = refused(here)
-        assert (answer["refusal"], "nf_conntrack_tcp_loose=1" in answer["hint"]) == ("conntrack", True)
-        set_for(there, "netfilter/nf_conntrack_tcp_loose", 1)
-        here.pass_once()
-        exchange(peer, b"after")
-
-
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_program_that_wants_near_peers_gets_no_packets_sent_on(version: int) -> None:
     name = "IP_MINTTL" if version == 4 else "IPV6_MINHOPCOUNT"

@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"kernel"}),
     frozenset({"journal", "transport", "verify"}),
-    frozenset({"apps", "endpoints", "obstacles"}),
+    frozenset({"apps", "endpoints", "obstacles", "tracking"}),
     frozenset({"inventory", "redirect", "graft", "application", "pipeline", "policy", "rehearsal", "report", "api",
                "holding", "greeting", "imagedir", "audit"}),
     frozenset({"namespaces"}),
