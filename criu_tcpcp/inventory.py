@@ -21,7 +21,7 @@ from .core.endpoint import Flow, IPAddress, Protocol
 from .core.errors import KernelError, Refused
 from .core.refusals import Refusal
 from .core.tcp import TcpState
-from .kernel import datagrams, iouring, netns, process, routing, sockdiag, syscalls, tcpinfo
+from .kernel import conntrack, datagrams, iouring, netns, process, routing, sockdiag, syscalls, tcpinfo
 from .obstacles import Obstacle
 
 _SO_PROTOCOL, _SO_DOMAIN, _SO_ACCEPTCONN = 38, 39, 30
@@ -88,28 +88,29 @@ def connections(pid: int | None = None) -> Iterator[Connection]:
             holding.setdefault(inode, set()).add(one)
     wanted = holding.keys() if pid is None else by_process.get(pid, {}).keys()
     networks: dict[tuple[int, int], _Network] = {}
-    for one in sorted(by_process) if pid is None else [pid] * (pid in by_process):
-        try:
-            path = process.network_namespace(one)
-            identity = netns.identity(path)
-            if identity not in networks:
-                with netns.enter(path):
-                    networks[identity] = _Network(sockdiag.known(wanted))
-            pidfd = syscalls.pidfd_open(one)
-        except KernelError:  # it has exited
-            continue
-        try:
-            program = _Program(one, process.name(one), pidfd, iouring.of(one))
-        except Refused:  # it has exited
-            os.close(pidfd)
-            continue
-        try:
-            for inode, numbers in by_process[one].items():
-                entry = networks[identity].sockets.get(inode)
-                if entry is not None:
-                    yield _listed(program, entry, tuple(numbers), holding[inode], networks[identity])
-        finally:
-            os.close(pidfd)
+    with contextlib.ExitStack() as stack:
+        for one in sorted(by_process) if pid is None else [pid] * (pid in by_process):
+            try:
+                path = process.network_namespace(one)
+                identity = netns.identity(path)
+                if identity not in networks:
+                    with netns.enter(path):
+                        networks[identity] = stack.enter_context(contextlib.closing(_Network.seen_here(wanted)))
+                pidfd = syscalls.pidfd_open(one)
+            except KernelError:  # it has exited
+                continue
+            try:
+                program = _Program(one, process.name(one), pidfd, iouring.of(one))
+            except Refused:  # it has exited
+                os.close(pidfd)
+                continue
+            try:
+                for inode, numbers in by_process[one].items():
+                    entry = networks[identity].sockets.get(inode)
+                    if entry is not None:
+                        yield _listed(program, entry, tuple(numbers), holding[inode], networks[identity])
+            finally:
+                os.close(pidfd)
 
 
 @dataclass
@@ -118,6 +119,16 @@ class _Network:
 
     sockets: dict[int, sockdiag.Known]
     local: dict[IPAddress, bool] = field(default_factory=dict)
+    tracking: conntrack.Tracking | None = None
+
+    @classmethod
+    def seen_here(cls, inodes: Container[int]) -> _Network:
+        """The calling thread's."""
+        return cls(sockdiag.known(inodes), tracking=conntrack.Tracking() if conntrack.knows_any() else None)
+
+    def close(self) -> None:
+        if self.tracking is not None:
+            self.tracking.close()
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,8 @@ def _listed(program: _Program, entry: sockdiag.Known, numbers: tuple[int, ...], 
                 network.local[peer] = routing.is_local(peer)
         if network.local[peer]:
             obstacle = obstacles.local_peer(entry.flow)
+    if obstacle is None and network.tracking is not None:
+        obstacle = obstacles.translated(entry.flow, network.tracking)
     return Connection(pid=pid, process_name=program.name, descriptors=numbers, inode=entry.inode,
                       state=entry.state, flow=entry.flow, unread=entry.unread, unacknowledged=entry.unacknowledged,
                       cookie=entry.cookie, obstacle=obstacle, shared_with=others, protocol=entry.protocol)
@@ -194,9 +207,10 @@ def _examine(pid: int, pidfd: int, inode: int, numbers: tuple[int, ...], holding
         others = tuple(sorted(holding - {pid}))
         with netns.enter(process.network_namespace(pid)):
             is_signed = obstacles.is_signed(flow)
+            translated = obstacles.translated(flow)
         obstacle = (obstacles.in_kernels_list(info.state, flow, info.options, obstacles.upper_protocol(sock), is_signed,
                                               others, allowing)
-                    or obstacles.in_rings(rings, inode) or obstacles.inside(sock))
+                    or obstacles.in_rings(rings, inode) or obstacles.inside(sock) or translated)
         return Connection(
             pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode, state=info.state, flow=flow,
             unread=0 if listening else tcpinfo.unread_bytes(sock),
@@ -215,8 +229,10 @@ def _examine_datagrams(sock: socket.socket, pid: int, inode: int, numbers: tuple
     flow: Flow | None = None
     with contextlib.suppress(KernelError, ValueError):
         flow = tcpinfo.flow_of(sock)
+    with netns.enter(process.network_namespace(pid)):
+        translated = obstacles.translated(flow)
     obstacle = (obstacles.to_datagrams(flow, others) or obstacles.in_rings(rings, inode)
-                or obstacles.inside_datagrams(sock))
+                or obstacles.inside_datagrams(sock) or translated)
     return Connection(
         pid=pid, process_name=process.name(pid), descriptors=numbers, inode=inode,
         state=TcpState.CLOSE if flow is None else TcpState.ESTABLISHED, flow=flow,

@@ -6,6 +6,7 @@ what the rings of its process tell. The first obstacle that is found is the one 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import socket
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 
 from .core import tcp
 from .core.endpoint import Flow, IPAddress, Protocol
-from .core.errors import Refused
+from .core.errors import KernelError, Refused
 from .core.refusals import Refusal
 from .core.tcp import TcpState
-from .kernel import datagrams, iouring, sockdiag, sockopt, tcpinfo
+from .kernel import conntrack, datagrams, iouring, sockdiag, sockopt, tcpinfo
 
 _SO_ZEROCOPY, _SO_TIMESTAMPING = 60, 37
 _TCP_ULP = 31
@@ -181,3 +182,18 @@ def is_signed(flow: Flow | None) -> bool:
 def local_peer(flow: Flow) -> Obstacle:
     return Obstacle(Refusal.LOCAL_PEER, f"has the peer {flow.peer}, which is on the origin host itself",
                     "its packets cannot be sent on to another host")
+
+
+def translated(flow: Flow | None, tracking: conntrack.Tracking | None = None) -> Obstacle | None:
+    """In the calling thread's network namespace, whose table of connections `tracking` is."""
+    if flow is None:
+        return None
+    entry: conntrack.Entry | None = None
+    with contextlib.suppress(KernelError):  # this kernel does not tell
+        entry = tracking.entry_of(flow) if tracking is not None else conntrack.entry_of(flow)
+    if entry is None or not entry.is_translated:
+        return None
+    seen = entry.outside(flow.local)
+    what = f"the peer knows it as {seen}" if seen != flow.local else "the peer's address is another one, too"
+    return Obstacle(Refusal.NAT, f"is translated by a NAT of its own host: {what}",
+                    "its packets have other addresses in the network than its socket has")

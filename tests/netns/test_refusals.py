@@ -38,6 +38,7 @@ pytestmark = pytest.mark.root
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "refusals.md"
 ADDRESSES = {"v4": "192.0.2.1", "v6": "2001:db8::1"}
+FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 IPPROTO_MPTCP = 262
 TCP_MD5SIG, TCP_AO_ADD_KEY, TCP_FASTOPEN, TCP_ULP, MSG_FASTOPEN = 14, 38, 23, 31, 0x20000000
 SO_ATTACH_BPF, IPV6_DSTOPTS = 50, 59
@@ -441,6 +442,25 @@ def test_a_strict_conntrack_in_which_nothing_can_be_entered(monkeypatch: pytest.
         with pytest.raises(Refused, match="conntrack of the destination") as caught:
             tracked.enter()
     assert caught.value.refusal == Refusal.CONNTRACK
+
+
+@pytest.mark.parametrize("family", ["v4", "v6"])
+@pytest.mark.parametrize("kind", ["accepted", "connecting"])
+def test_a_connection_that_this_host_translates(kind: str, family: str) -> None:
+    """Whichever end of it is here: the peer knows the other end by another port."""
+    table = "table inet nat { chain output { type nat hook output priority -100; tcp dport 9999 dnat ip%s; }; }" % (
+        " to 192.0.2.1:9000" if family == "v4" else "6 to [2001:db8::1]:9000")
+    subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
+    with socket.create_server((ADDRESSES[family], 9000), family=FAMILIES[family]) as listener, \
+            socket.create_connection((ADDRESSES[family], 9999), timeout=10) as client:
+        sock, _ = listener.accept()
+        with sock:
+            flow = tcpinfo.flow_of(sock if kind == "accepted" else client)
+            obstacle = obstacles.translated(flow)
+            assert obstacle is not None
+            assert obstacle.refusal == Refusal.NAT
+            with pytest.raises(Refused, match="a NAT of the destination translates"):
+                Tracked(flow, "the destination")
 
 
 def test_the_document_has_every_name() -> None:

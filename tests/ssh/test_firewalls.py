@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
@@ -161,3 +162,31 @@ def test_a_half_closed_connection_is_one_to_the_table_too() -> None:
         assert here.node.wait_for("end")["error"] is None
         here.prove()
         assert here.release() == []
+
+
+# -- NAT at the host itself --------------------------------------------------------------------------------------------
+
+REDIRECTED = """
+table inet nat {
+    chain prerouting { type nat hook prerouting priority -100; tcp dport 9001 redirect to :9000; }
+}
+"""
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_the_host_itself_translates_is_refused_by_name(version: int) -> None:
+    with conversation(version=version, captured=False) as (here, _plain), here.lab.peer.enter():
+        origin = here.lab.origin
+        origin.run(["nft", "-f", "-"], input=REDIRECTED)
+        here.clean[origin.name] += here.left_at(origin)
+        with socket.create_connection((str(origin.address(version)), PORT + 1), timeout=20) as peer:
+            exchange(peer, b"before")
+            here.node.wait_for("serving", 2)
+            rows = [json.loads(line) for line in here.listed("--json").splitlines()]
+            assert [row["refusal"] for row in rows if row["peer"]].count("nat") == 1
+            done = here.owner.run(here.pass_argv(), check=False)
+            report = json.loads(done.stdout)
+            assert (report["exit"], report["owner"], report["refusal"]) == (3, "origin", "nat"), report
+            assert f":{PORT + 1}" in report["error"]
+            exchange(peer, b"after")
+        assert here.left_at(origin) == here.left_at(here.lab.destination) == []
