@@ -15,9 +15,10 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Container
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from . import endpoints, graft
+from . import outside as outsides
 from .core import messages
 from .core.endpoint import Flow
 from .core.errors import KernelError, LinkTimeout, ProtocolError, Refused, TcpcpError
@@ -37,6 +38,7 @@ from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
 from .kernel.tap import KnockListener
 from .merging import LASTS_S, Merging
+from .outside import Outside
 from .redirect import tunnelled
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
@@ -55,10 +57,11 @@ _FORCED = frozenset({"SO_RCVBUF", "SO_SNDBUF", "SO_BUF_LOCK"})  # of a dormant s
 
 
 class Destination:
-    """See the module. `entry`: what a guarded door says to the pass; None where there is none. `needs`: as of Stage."""
+    """See the module. `outside`: where the program is in a container behind this host; the flow is the inner one then.
+    `entry`: what a guarded door says to the pass; None where there is none. `needs`: as of Stage."""
 
     def __init__(self, journal: Journal, wire: Wire, flow: Flow, into: str, prologue: bytes | None = None,
-                 entry: Entry | None = None, needs: Container[str] = ()) -> None:
+                 entry: Entry | None = None, needs: Container[str] = (), outside: Outside | None = None) -> None:
         self.name = "destination"
         self.journal = journal
         self.flow = flow
@@ -73,12 +76,16 @@ class Destination:
         self._machine_state = DestinationState.READY
         self._graft: graft.Graft | None = None
         self._rules: HostRules | None = None
+        self._outside = outside
+        self._ways: HostRules | None = None  # by which packets are sent on: outside, or with the other rules
         self._moves: list[str] = []
         self._keeps_fence = False
         self._divert: DivertAtDestination | None = None
         self._merging: Merging | None = None
         self._tracked: Tracked | None = None
         self._is_tracked_by_us = False
+        self._tracked_outside: Tracked | None = None
+        self._is_tracked_outside_by_us = False
         self._injector: Injector | None = None
         self._sock: socket.socket | None = None
         self._endpoint = endpoints.of(flow.protocol)
@@ -96,18 +103,20 @@ class Destination:
     # -- staging -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def staged(cls, stage: Stage, wire: Wire, entry: Entry | None = None, *, is_apart: bool = False) -> Destination:
+    def staged(cls, stage: Stage, wire: Wire, entry: Entry | None = None, *, is_apart: bool = False,
+               outside: Outside | None = None) -> Destination:
         """Find the way in, make the rules. The journal is claimed. `is_apart`: the program is in a network namespace of
-        its own, where this runs. Refused: nothing of it stands."""
-        flow = Flow.from_json(stage.flow)
+        its own, where this runs. `outside`, which is this object's from now on: its packets come by way of this host.
+        Refused: nothing of it stands."""
+        flow = Flow.from_json(stage.flow) if outside is None else outside.inner
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
-                   stage.prologue if stage.has_prologue else None, entry, stage.needs)
+                   stage.prologue if stage.has_prologue else None, entry, stage.needs, outside)
         # Until the state comes, the origin may wait for a quiet instant, or for its application.
         side._ready_s = min(max(0, stage.idle_ms) / 1000 + _PREPARED_TIMEOUT_S, _LONGEST_WAIT_S)
         side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
         try:
             side._stage()
-            if is_apart:
+            if is_apart and outside is None:
                 side.takes_at = str(routing.source_towards(flow.peer.address))
         except BaseException:
             side._discard()
@@ -139,11 +148,13 @@ class Destination:
         self._admit(self._graft.takers())
         self._tracked = Tracked(flow, "the destination")
         self._is_tracked_by_us = self._tracked.is_ours
+        self._look_outside()
         with host_rules(flow.ip_version, flow.protocol) as rules:
             self._keeps_fence = rules.is_fenced(flow)  # of an earlier pass from here: it outlives this one undone
         self.journal.write("staged", flow=flow.to_json(), into=self._into, network=list(netns.own()),
                            divert=not self.address_is_local,
                            keeps_fence=self._keeps_fence, tracked=self._is_tracked_by_us, way=self._graft.way,
+                           outside=self._said_of_outside(),
                            taker=self._graft.taker.to_json(), has_prologue=self._prologue is not None)
         if self._prologue is not None:
             self.journal.save(PROLOGUE_FILE, self._prologue)  # an interrupted activation may need it once more
@@ -156,9 +167,44 @@ class Destination:
         if self._entry is not None:
             self._entry.tell_accepted(self.into, self._graft.takers())
 
+    def _look_outside(self) -> None:
+        if self._outside is not None:
+            with self._outside.enter():
+                self._tracked_outside = Tracked(self._outside.flow, "the container's host",
+                                                translated=self._outside.is_translated)
+            self._is_tracked_outside_by_us = self._tracked_outside.is_ours
+
+    def _said_of_outside(self) -> dict[str, Any] | None:
+        if self._outside is None:
+            return None
+        return {**self._outside.to_json(), "tracked": self._is_tracked_outside_by_us}
+
+    @property
+    def _comes_as(self) -> Flow:
+        """The connection as its peer knows it."""
+        return self._outside.flow if self._outside is not None else self.flow
+
+    def _where_packets_come(self) -> contextlib.AbstractContextManager[None]:
+        """The calling thread is in the network namespace in which they are led on."""
+        return self._outside.enter() if self._outside is not None else contextlib.nullcontext()
+
     def _make_rules(self) -> None:
         self._rules = HostRules(self.flow.ip_version, self.flow.protocol)
-        self._moves = self._rules.moves_of(self.flow)
+        self._ways = self._rules if self._outside is None else self._outside.rules()
+        self._moves = self._ways.moves_of(self._comes_as)
+        if self._outside is not None and self._outside.relay is not None:
+            # Already now: what the origin sends on before this end hears it must not be sent back to the origin.
+            with self._outside.enter():
+                relay = self._outside.relay
+                self._ways.prepare_move(relay.address, relay.interface)
+                self._ways.move(self._outside.flow, relay.address, relay.interface)
+        if self._outside is not None:
+            self._outside.ignore_knocks()
+        if self._tracked_outside is None:
+            self._look_outside()
+        if self._tracked_outside is not None and self._outside is not None:
+            with self._outside.enter():
+                self._tracked_outside.enter()
         self._rules.prepare_fence()
         self._rules.fence(self.flow)
         self._tracked = self._tracked or Tracked(self.flow, "the destination")
@@ -167,7 +213,8 @@ class Destination:
             self._divert = DivertAtDestination()
             self._divert.stage(self._rules, self.flow)
         else:
-            self._merging = Merging(self.flow)
+            with self._where_packets_come():
+                self._merging = Merging(self._comes_as)
         self._injector = Injector(self.flow.ip_version, MARK)
 
     def _arrange(self) -> None:
@@ -234,7 +281,8 @@ class Destination:
         try:
             if self._entry is not None:
                 raise Refused("this door takes packets by a common link only, and by no tunnel")
-            tunnelled.dig(tunnelled.between(message.here, message.there), self.journal, self.flow)
+            with self._where_packets_come():
+                tunnelled.dig(tunnelled.between(message.here, message.there), self.journal, self._comes_as)
         except TcpcpError as error:
             self._wire.send(messages.Refused(message.pass_id, error.message, error.hint))
         else:
@@ -243,7 +291,8 @@ class Destination:
     def _listen(self, message: messages.Listen) -> None:
         """Where this host cannot listen, nothing is heard."""
         heard = False
-        with contextlib.suppress(TcpcpError), contextlib.closing(KnockListener(self.flow)) as listener:
+        with contextlib.suppress(TcpcpError), self._where_packets_come(), \
+                contextlib.closing(KnockListener(self._comes_as)) as listener:
             heard = listener.hears(message.size, _LISTENS_S)
         self._wire.send(messages.Heard(message.pass_id, heard))
 
@@ -289,8 +338,9 @@ class Destination:
         state = self._endpoint.restoration(Image(message.inet_sk, message.tcp_stream, message.extras),
                                            self._need_injector, not self.address_is_local)
         state.notes = self.notes
-        if state.flow != self.flow:
-            raise ProtocolError(f"the state is of {state.flow}, staged was {self.flow}")
+        if state.flow != self._comes_as:
+            raise ProtocolError(f"the state is of {state.flow}, staged was {self._comes_as}")
+        state.rename(self.flow)
         if state.options.get("SO_MARK") == MARK:
             raise ProtocolError(f"the state has the mark {MARK:#x}, which every rule of this tool lets by")
         if self._entry is not None:
@@ -354,10 +404,26 @@ class Destination:
             state.open(sock, self._elapsed_ms)
         if self._tracked is not None:
             self._tracked.enter(state.fins)
-        if self._merging is not None:
-            self._merging.begin(state.order())
-        rules.take_over(self.flow, self._moves)  # if this host had passed the connection away, it comes home
+        if self._outside is not None:
+            self._hear_outside(self._outside, state)
+        else:
+            if self._merging is not None:
+                self._merging.begin(state.order())
+            rules.take_over(self.flow, self._moves)  # if this host had passed the connection away, it comes home
         self._unfenced = True
+
+    def _hear_outside(self, outside: Outside, state: Restoration) -> None:
+        """What comes before the last of these is sent on as before, to the old owner, who holds it."""
+        rules, ways = self._rules, self._ways
+        if rules is None or ways is None:
+            raise Refused("the pass was not staged")
+        with outside.enter():
+            if self._tracked_outside is not None:
+                self._tracked_outside.enter(state.fins)
+            rules.unfence(self.flow)
+            if self._merging is not None:
+                self._merging.begin(state.order())
+            ways.stay(outside.flow, [name for name in self._moves if not outside.leads_in(name)])
 
     def _activate(self) -> None:
         """Alive, and the application's. May be done again after it failed or was interrupted: what is done already is
@@ -376,8 +442,9 @@ class Destination:
     def _write_active(self) -> None:
         self.journal.write("active")
         self.journal.forget(PROLOGUE_FILE)
-        if self._rules is not None and self._moves:  # a FIN at the last instant may have put it back
-            self._rules.stay(self.flow, self._moves)
+        if self._ways is not None and self._moves:  # a FIN at the last instant may have put it back
+            self._ways.stay(self._comes_as, [name for name in self._moves
+                                             if self._outside is None or not self._outside.leads_in(name)])
 
     def _write_lost(self) -> None:
         self.journal.set_mark(LOST_MARK)
@@ -410,7 +477,7 @@ class Destination:
             return  # it lives here all the same, and these rules bring it its packets
         if rules is not None:
             # A host that has passed this connection away before keeps its fence: packets still come by here.
-            if not self._keeps_fence and not rules.is_moved(self.flow):
+            if not self._keeps_fence and (self._outside is not None or not rules.is_moved(self.flow)):
                 rules.unfence(self.flow)
             if self._divert is not None:
                 self._divert.undo(rules, self.flow)
@@ -418,9 +485,19 @@ class Destination:
             rules.sweep()
         if self._is_tracked_by_us:
             conntrack.forget(self.flow)
+        if self._outside is not None and self._ways is not None:
+            with self._outside.enter():
+                if not any(map(self._outside.leads_in, self._moves)):
+                    self._ways.stay(self._outside.flow, list(filter(self._outside.leads_in,
+                                                                    self._ways.moves_of(self._outside.flow))))
+                self._ways.keep_in(self._outside.flow)
+                self._ways.sweep()
+                if self._is_tracked_outside_by_us:
+                    conntrack.forget(self._outside.flow)
         if self.journal.verdict() != "committed":
             self.journal.remove()
-        tunnelled.sweep()
+        with self._where_packets_come():
+            tunnelled.sweep()
 
     def _send_aborted(self) -> None:
         self._wire.send(messages.Aborted(self.journal.pass_id, self._reason or "it was undone"))
@@ -436,7 +513,8 @@ class Destination:
         staged = journal.field("staged")
         if staged is None:
             raise ProtocolError(f"the journal knows nothing of pass {journal.pass_id}")
-        side = cls(journal, wire, Flow.from_json(staged["flow"]), staged["into"], entry=entry)
+        side = cls(journal, wire, Flow.from_json(staged["flow"]), staged["into"], entry=entry,
+                   outside=outsides.of_journal(journal))
         if staged.get("has_prologue") and not journal.field("active"):
             side._prologue = journal.load(PROLOGUE_FILE)
         side.name = "recovery"
@@ -444,7 +522,9 @@ class Destination:
         side.address_is_local = not staged["divert"]
         side._keeps_fence = staged.get("keeps_fence", False)
         side._is_tracked_by_us = staged.get("tracked", False)
+        side._is_tracked_outside_by_us = bool((staged.get("outside") or {}).get("tracked"))
         side._rules = HostRules(side.flow.ip_version, side.flow.protocol)
+        side._ways = side._rules if side._outside is None else side._outside.rules()
         if staged["divert"]:
             side._divert = DivertAtDestination()
         return side
@@ -491,7 +571,8 @@ class Destination:
     def close(self) -> None:
         if self._merging is not None and self._merging.is_on:  # the origin's next word says it, or the end of the link
             self._wire.wait(LASTS_S)
-        for part in (self._sock, self._graft, self._merging, self._tracked, self._injector, self._rules):
+        for part in (self._sock, self._graft, self._merging, self._tracked, self._tracked_outside, self._injector,
+                     self._rules, self._ways, self._outside):
             if part is not None:
                 part.close()
 

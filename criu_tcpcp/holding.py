@@ -18,7 +18,7 @@ from .core.endpoint import Flow
 from .kernel.grace import GracePeriod
 from .kernel.nfqueue import ACCEPT, DROP, PacketQueue
 from .kernel.rawpacket import Injector
-from .kernel.rules import MARK, Hold
+from .kernel.rules import MARK, Hold, Silence
 
 PATIENCE_S = 0.02
 _READS = 4  # of the queue between two knocks: what was noted as arrived may reach the queue some microseconds later
@@ -43,8 +43,10 @@ def end_in_order(hold: Hold, queue: PacketQueue, injector: Injector, flow: Flow,
 class Holding:
     """Of one connection. `queues`: packets wait; otherwise this kernel can only drop them."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, inside: tuple[Silence, Flow] | None = None) -> None:
+        """`inside`: where the program is behind another namespace than this one, what silences it there; it is ours."""
         self._flow = flow
+        self._inside = inside
         self._queue = PacketQueue()
         with contextlib.ExitStack() as undo:
             undo.callback(self._queue.close)
@@ -73,10 +75,16 @@ class Holding:
 
     def silence(self) -> None:
         """Nothing leaves this host for the connection."""
-        self._hold.silence(self._flow)
+        if self._inside is None:
+            self._hold.silence(self._flow)
+        else:
+            self._inside[0].add(self._inside[1])
 
     def unsilence(self) -> None:
-        self._hold.unsilence(self._flow)
+        if self._inside is None:
+            self._hold.unsilence(self._flow)
+        else:
+            self._inside[0].remove(self._inside[1])
 
     def release(self, onward: bool) -> None:
         """Let go of what waits, in its order, and of what comes; dropped if not `onward`. Done again, it does
@@ -109,3 +117,5 @@ class Holding:
         self._queue.close()
         self._injector.close()
         self._grace.close()
+        if self._inside is not None:
+            self._inside[0].close()

@@ -159,7 +159,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("divert", "keeps_fence", "tracked", "has_prologue", "fences", "injected"), _is(bool)),
     **dict.fromkeys(("flow", "flow_json", "thrown", "plan", "target"), _is(dict)),
     "descriptors": _are_numbers, "taker": _is_identity, "network": _is_identity, "doubt_limit_s": _is(int, float),
-    "place": _is(str, dict, type(None))}
+    "place": _is(str, dict, type(None)), "outside": _is(dict, type(None))}
 
 
 def _records_of(log: bytes) -> list[Record]:

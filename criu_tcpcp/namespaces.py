@@ -5,7 +5,7 @@ names, so that a server in a container is passed to like one beside it. Any othe
 started. The journal keeps the namespace by its identity (kernel/netns.py): whoever settles the pass finds it as long as
 it lives, whatever has become of the program, and once it has gone, so have the rules in it. Its identity may then be
 another's (the kernel gives the lowest free number, fs/nsfs.c and fs/proc/generic.c): whoever looks there finds nothing
-of the connection, and takes nothing away.
+of the connection, and takes nothing away. What holds packets, and sends them on, may be in the host's (outside.py).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from .core.messages import MAX_PROLOGUE
 from .core.refusals import Refusal
 from .inventory import Connection
 from .journal import Journal
-from .kernel import netns, tcpinfo
+from .kernel import netns, process, tcpinfo
 from .origin import Options, Origin
 from .report import PassError, Report
 from .transport.target import LocalTarget, Target, parse_host
@@ -173,5 +173,7 @@ def _after_keeper(record: Journal, connection: Connection, progress: Progress | 
             settle.tell_network(record)
         record.remove()
     settle.sweep_host()
+    with contextlib.suppress(TcpcpError), netns.enter(process.network_namespace(connection.pid)):
+        settle.sweep_rules()
     return Report(id=record.pass_id, owner=Owner.ORIGIN, exit=ExitCode.ROLLED_BACK, connection=str(connection.flow),
                   error=f"{why} before the offer; the origin process has its connection")

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import namespaces
+from . import namespaces, outside
 from ._version import __version__
 from .core import handoff, messages
 from .core.criu import messages as load_criu_messages
@@ -139,9 +139,14 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
                 entry.admit_way()
                 entry.admit_options(read_inet_sk(stage.inet_sk))
             if images is None:
+                host = netns.open_own()
+                held.callback(os.close, host)
                 is_apart = held.enter_context(namespaces.of_target(stage.into, guarded=door is not None))
-                held.enter_context(journal.claimed(stage.flow))
-                side = Destination.staged(stage, wire, entry, is_apart=is_apart)
+                place = outside.at_destination(Flow.from_json(stage.flow), host) if is_apart else None
+                if place is not None:
+                    held.callback(place.close)
+                held.enter_context(journal.claimed(place.inner.to_json() if place is not None else stage.flow))
+                side = Destination.staged(stage, wire, entry, is_apart=is_apart, outside=place)
             else:
                 journal.create()
                 held.enter_context(journal.locked())
@@ -231,8 +236,7 @@ def _tell_whether_it_stands(ask: messages.Ask, wire: Wire, images: Images | None
     journal = Journal(ask.pass_id, DESTINATION)
     if door is not None:
         door.check_flow(journal, flow)
-    with namespaces.of_side(journal):
-        stands = stands_here(flow) if images is None else holds_dump(images.place, ask.pass_id)
+    stands = stands_here(journal, flow) if images is None else holds_dump(images.place, ask.pass_id)
     wire.send(messages.Standing(ask.pass_id, stands))
 
 

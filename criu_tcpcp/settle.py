@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import graft, namespaces, redirect
+from . import graft, namespaces, outside, redirect
 from . import journal as journals
 from .core import handoff
 from .core.endpoint import Flow, Protocol
@@ -97,7 +97,11 @@ def _rules_of(journal: Journal, flow: Flow | None) -> list[str]:
     if flow is None:
         return []
     with namespaces.of_side(journal), host_rules(flow.ip_version, flow.protocol) as rules:
-        return sorted(name for name, flows in rules.flows().items() if flow.plain in flows)
+        found = {name for name, flows in rules.flows().items() if flow.plain in flows}
+    with outside.rules_of(journal) as ways:
+        if ways is not None:
+            found |= {name for name, flows in ways[0].flows().items() if ways[1].flow.plain in flows}
+    return sorted(found)
 
 
 # -- resolve -----------------------------------------------------------------------------------------------------------
@@ -317,8 +321,13 @@ class _Elsewhere:
         flow = Flow.from_json(intent["flow"])
         dumped = _images_of(journal)
         with namespaces.of_side(journal), host_rules(flow.ip_version, flow.protocol) as rules:
-            if not rules.is_moved(flow) and dumped is None:
-                return None
+            is_moved = rules.is_moved(flow)
+        with outside.rules_of(journal) as ways:
+            if ways is not None:
+                flow = ways[1].flow
+                is_moved = ways[0].is_moved(flow)
+        if not is_moved and dumped is None:
+            return None
         all_the_same = f"criu-tcpcp release {journal.pass_id} releases it all the same"
         wire = self.wire(intent["target"])
         try:
@@ -347,9 +356,14 @@ class _Elsewhere:
         return self._wires[key]
 
 
-def stands_here(flow: Flow) -> bool:
-    """The connection is alive at this host, or this host has passed it on."""
-    with host_rules(flow.ip_version, flow.protocol) as rules:
+def stands_here(journal: Journal, flow: Flow) -> bool:
+    """The connection of this pass is alive at this host, or this host has passed it on."""
+    with outside.rules_of(journal) as ways:
+        if ways is not None:
+            is_passed_on = not all(map(ways[1].leads_in, ways[0].moves_of(ways[1].flow)))
+            with namespaces.of_side(journal):
+                return _alive_here(ways[1].inner) or is_passed_on
+    with namespaces.of_side(journal), host_rules(flow.ip_version, flow.protocol) as rules:
         return _alive_here(flow) or rules.is_moved(flow)
 
 
@@ -373,6 +387,13 @@ def _remove(journal: Journal) -> None:
                     conntrack.forget(flow)  # whoever made it: a connection that was passed on never ends there
             graft.forget(journal, rules)
             rules.sweep()
+            is_alive = _alive_here(flow)
+        with outside.rules_of(journal) as ways:
+            if ways is not None and not is_alive:
+                ways[0].stay(ways[1].flow)
+                ways[0].keep_in(ways[1].flow)
+                ways[0].sweep()
+                conntrack.forget(ways[1].flow)
     _forget(journal)
 
 
@@ -423,6 +444,11 @@ def sweep_host() -> None:
                 journal.forget(STATE_FILE)
             elif journal.side == journals.DESTINATION and journal.verdict() != "committed":
                 _undo_staged(journal)
+    sweep_rules()
+
+
+def sweep_rules() -> None:
+    """Those that no connection needs, in the calling thread's network namespace."""
     for version, protocol in itertools.product(IP_VERSIONS, Protocol):
         with contextlib.suppress(KernelError), host_rules(version, protocol) as rules:
             _sweep(rules, version)
@@ -446,6 +472,13 @@ def _undo_staged(journal: Journal) -> None:
             rules.sweep()
             if staged.get("tracked"):
                 conntrack.forget(flow)
+        with outside.rules_of(journal) as ways:
+            if ways is not None:
+                ways[0].stay(ways[1].flow, list(filter(ways[1].leads_in, ways[0].moves_of(ways[1].flow))))
+                ways[0].keep_in(ways[1].flow)
+                ways[0].sweep()
+                if staged["outside"].get("tracked"):
+                    conntrack.forget(ways[1].flow)
     _forget(journal)
 
 

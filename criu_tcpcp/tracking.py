@@ -14,9 +14,9 @@ from .kernel import conntrack
 
 class Tracked:
     """Of one connection, at the `host`, as a sentence has it. `is_ours`: there was none before. Refused where it cannot
-    be what it has to be; nothing is made yet. Where nothing is tracked here, it does nothing."""
+    be what it has to be: `translated`, or not; nothing is made yet. Where nothing is tracked here, it does nothing."""
 
-    def __init__(self, flow: Flow, host: str) -> None:
+    def __init__(self, flow: Flow, host: str, *, translated: bool = False) -> None:
         self._flow, self._host = flow, host
         self._table = conntrack.Tracking() if conntrack.is_at_work() else None
         self.is_ours = False
@@ -28,7 +28,7 @@ class Tracked:
             self._do_without(error)
             return
         self.is_ours = entry is None
-        if entry is not None and entry.is_translated:
+        if entry is not None and entry.is_translated and not translated:
             self.close()
             raise Refused(f"a NAT of {host} translates {flow}: its packets would not fit the connection",
                           refusal=Refusal.NAT)

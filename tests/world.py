@@ -105,19 +105,24 @@ class World:
     """Origin and destination with a `lab.node` each; use `world(...)`. `own_processors`: applications and peer do not
     wait for the tool's processes, as on hosts of their own: they have precedence on the processors that all share."""
 
+    equally_far = True  # both programs are as many hops from the peer
+
     def __init__(self, lab: Lab, kind: str = "echo", *, version: int = 4, listen: str | None = None,
                  register: bool = True, node_options: tuple[str, ...] = (),
                  destination_options: tuple[str, ...] = (), captured: bool = True, own_processors: bool = False,
                  whole: bool = False, programs: Mapping[str, Sequence[str]] | None = None, port: int = PORT,
-                 waiting: bool = True, container: str = "") -> None:
+                 waiting: bool = True, container: str = "", boxes: Mapping[str, str] | None = None) -> None:
         """`whole`: capture every byte, and have a network in which none needs a reservation: no packet overtakes
         another, and none is cut by a network card. `programs`: what runs at each of the two hosts instead, and knows
         nothing of passes; it need not tell events. The destination's listens on `port`; `waiting`: until both do.
         `container`: the place in the lab that is the network of a container at the destination; there its program
-        runs."""
+        runs. `boxes`: the same, by the name of either host, for one that is behind it."""
         self.lab, self.version, self.kind = lab, version, kind
+        self._boxes = boxes or {}
         #: Where each host's program is.
         self.homes = {lab.origin.name: lab.origin, lab.destination.name: lab.hosts[container or lab.destination.name]}
+        for name, box in self._boxes.items():
+            self.homes[name] = lab.hosts[box]
         self.clean = {host.name: leftovers(host) for host in self.places}
         for host in (lab.origin, lab.destination):
             with _run_directory(host.run_dir):
@@ -153,11 +158,15 @@ class World:
         """Wherever a pass may leave something."""
         return list(dict.fromkeys([self.lab.origin, self.lab.destination, *self.homes.values()]))
 
+    def _seen_at(self, host: Host) -> Host:
+        """Where what leaves a host can be seen: a container with a link of its own is one."""
+        return host if host.name in self._boxes else self.homes[host.name]
+
     # -- captures ------------------------------------------------------------------------------------------------------
 
     def _captures_on(self) -> None:
         for host, role in ((self.lab.peer, verify.Role.PEER), (self.lab.origin, verify.Role.ORIGIN),
-                           (self.homes[self.lab.destination.name], verify.Role.DESTINATION)):
+                           (self._seen_at(self.lab.destination), verify.Role.DESTINATION)):
             path = self.lab.directory / f"{role.value}.pcap"
             if self.whole:
                 host.run(["ip", "link", "set", "dev", host.interface, "gso_max_segs", "1"])
@@ -180,7 +189,8 @@ class World:
         accepted = ["10: the peer's application: no report" if application is None else None,
                     "9: the peer's kernel counters: not given" if before is None else None,
                     "9: retransmissions are counted, not judged" if not loss_free else None,
-                    *(["7: the MSS of ", "3: "] if not self.whole else [])]
+                    *(["7: the MSS of ", "3: "] if not self.whole else []),
+                    "8: the TTL between the hosts" if not self.equally_far else None]
         unjudged = [text for text in verdict.not_checked if not text.startswith(tuple(filter(None, accepted)))]
         assert unjudged == []
         if passes is None:
@@ -204,6 +214,7 @@ class World:
         assert self.flow is not None
         expect = verify.Expectations(loss_free=loss_free, passes=self.passes if passes is None else passes,
                                      offload=not self.whole, fin_passed=True, fin_peer=True,
+                                     equal_hops=self.equally_far,
                                      reorders=reorders)
         record = verify.PeerRecord.from_json(application) if application is not None else None
         return verify.verify(captures, self.flow, expect, counters=counters, application=record)
@@ -239,6 +250,11 @@ class World:
             found.append(verify.parse(captured(process, path), name, role))
         self._captures = []
         return found
+
+    @property
+    def seen(self) -> tuple[str, int]:
+        """Whom the peer speaks to."""
+        return str(self.lab.origin.address(self.version)), PORT
 
     def knows_peer(self, port: int, address: object = None) -> None:
         """The connection under test is the one from this port of the peer, or of another address there."""
@@ -356,11 +372,10 @@ class Peer:
 
     def __init__(self, here: World, *argv: str, address: str | None = None) -> None:
         name, *rest = argv
-        target = address or str(here.lab.origin.address(here.version))
-        argv_ = [*here.prefix, sys.executable, "-m", "criu_tcpcp.lab.load", name, target, str(PORT), *rest]
+        target, port = here.seen
+        argv_ = [*here.prefix, sys.executable, "-m", "criu_tcpcp.lab.load", name, address or target, str(port), *rest]
         self.program = Program(here.lab.peer, argv_, stdin=subprocess.PIPE)
-        port = int(self.program.wait_for("ready")["words"][1])
-        here.knows_peer(port)
+        here.knows_peer(int(self.program.wait_for("ready")["words"][1]))
 
     def finish(self) -> dict[str, Any]:
         """Ask it to end in order; its report."""

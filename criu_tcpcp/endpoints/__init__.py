@@ -19,10 +19,11 @@ from ..kernel.rawpacket import Injector
 
 
 class Restoration(Interface):
-    """`notes`: what could not be carried and does no harm. `restore` leaves the socket dormant: it neither speaks nor
-    hears, and closing it is silent. `open`: from then on it hears; `elapsed_ms`, by the origin's clock, since the state
-    was read. `activate` may be called again after it failed or was interrupted. `fins`: how many of its two ends were
-    said in the network. `order`: how the peer's packets are put in order where they come by two ways."""
+    """`notes`: what could not be carried and does no harm. `rename`: here it has another address. `restore` leaves the
+    socket dormant: it neither speaks nor hears, and closing it is silent. `open`: from then on it hears; `elapsed_ms`,
+    by the origin's clock, since the state was read. `activate` may be called again after it failed or was interrupted.
+    `fins`: how many of its two ends were said in the network. `order`: how the peer's packets are put in order where
+    they come by two ways."""
 
     notes: list[str]
 
@@ -34,6 +35,7 @@ class Restoration(Interface):
     def has_unwritten(self) -> bool: ...
     @property
     def fins(self) -> int: ...
+    def rename(self, flow: Flow) -> None: ...
     def fit(self, own: Mapping[str, OptionValue], ipv6_socket: bool) -> None: ...
     def restore(self, sock: socket.socket, fresh: Mapping[str, OptionValue]) -> None: ...
     def open(self, sock: socket.socket, elapsed_ms: int) -> None: ...

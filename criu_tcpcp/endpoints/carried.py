@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from ..core.datagram import DatagramState
@@ -21,6 +22,10 @@ class Carried(Generic[State]):
         self.state: State = state
         self.notes: list[str] = []
         self._injector, self._transparent = injector, transparent
+
+    def rename(self, flow: Flow) -> None:
+        """The same connection, as it is known here."""
+        self.state = replace(self.state, flow=flow)
 
     @property
     def flow(self) -> Flow:

@@ -72,6 +72,14 @@ class Entry:
         """What the other side takes the local end for."""
         return self.reply[1] if local == self.original[0] else self.original[1]
 
+    def inside(self, seen: Endpoint) -> Endpoint:
+        """Which end it is that the other side takes for that one."""
+        return self.original[0] if seen == self.reply[1] else self.reply[0]
+
+    def keeps(self, peer: Endpoint) -> bool:
+        """That end is the same before and behind the NAT."""
+        return peer in (self.original[0], self.reply[0]) and peer in (self.original[1], self.reply[1])
+
 
 def is_at_work() -> bool:
     """In the calling thread's network namespace: it is loaded on many hosts, and works only where a rule has asked for
@@ -118,16 +126,15 @@ class Tracking:
         self._wire.close()
 
     def entry_of(self, flow: Flow) -> Entry | None:
-        """By what the local end sends, whichever direction that is."""
-        try:
-            answer = self._wire.get("conntrack: look for a connection", _SUBSYSTEM << 8 | _GET,
-                                    family(flow.ip_version), _tuple(_TUPLE_ORIGINAL, flow.local, flow.peer,
-                                                                    flow.protocol))
-        except KernelError as error:
-            if netlink.is_missing(error):
-                return None
-            raise
-        return _entry(answer)
+        """By what either end sends: behind a NAT of this host's they are not each other's opposite."""
+        for one in _ways_of(flow):
+            try:
+                return _entry(self._wire.get("conntrack: look for a connection", _SUBSYSTEM << 8 | _GET,
+                                             family(flow.ip_version), one))
+            except KernelError as error:
+                if not netlink.is_missing(error):
+                    raise
+        return None
 
     def enter(self, flow: Flow, fins: int = 0) -> bool:
         """From now on its packets are those of an established connection, of which `fins` FINs were sent. True where
@@ -151,14 +158,15 @@ class Tracking:
 
     def remove(self, flow: Flow) -> bool:
         """False where there was no entry."""
-        try:
-            self._wire.request("conntrack: remove a connection", _SUBSYSTEM << 8 | _DELETE, 0, family(flow.ip_version),
-                               0, _tuple(_TUPLE_ORIGINAL, flow.local, flow.peer, flow.protocol))
-        except KernelError as error:
-            if netlink.is_missing(error):
-                return False
-            raise
-        return True
+        for one in _ways_of(flow):
+            try:
+                self._wire.request("conntrack: remove a connection", _SUBSYSTEM << 8 | _DELETE, 0,
+                                   family(flow.ip_version), 0, one)
+                return True
+            except KernelError as error:
+                if not netlink.is_missing(error):
+                    raise
+        return False
 
 
 def forget(flow: Flow) -> None:
@@ -174,6 +182,11 @@ def entry_of(flow: Flow) -> Entry | None:
         with contextlib.suppress(KernelError), contextlib.closing(Tracking()) as tracking:
             return tracking.entry_of(flow)
     return None
+
+
+def _ways_of(flow: Flow) -> list[bytes]:
+    return [_tuple(_TUPLE_ORIGINAL, one, other, flow.protocol)
+            for one, other in ((flow.local, flow.peer), (flow.peer, flow.local))]
 
 
 def _tuple(kind: int, source: Endpoint, destination: Endpoint, protocol: Protocol) -> bytes:

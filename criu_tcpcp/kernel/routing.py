@@ -68,6 +68,11 @@ def way_to(address: IPAddress) -> Hop:
                answer["type"] == _RTN_LOCAL)
 
 
+def interface_name(index: int) -> str:
+    with failing("if_indextoname"):
+        return socket.if_indextoname(index)
+
+
 def mtu_towards(address: IPAddress) -> int:
     """The MTU of the interface by which this host reaches the address, bytes: nothing larger comes in by it either."""
     with rtnetlink(f"read the MTU towards {address}") as route:

@@ -6,6 +6,8 @@
         gate         output -301       a packet of the tool's own that no peer sends ends the hold if none came since
                                        the last such packet, and goes nowhere
         silent       output -300       what this host sends for these connections is dropped
+    table criu_tcpcp_deaf_PID_N `flags owner`, in front of a NAT
+        deaf         prerouting -302   what knocks for these connections, to try their way, goes no further
     table criu_tcpcp            stands until its last connection is released (criu_tcpcp_udp: those of UDP)
         tunnelled    prerouting -310   of what comes out of our tunnels (tunnel.py), only these connections go on, and
                                        of UDP those in a set beside it
@@ -82,6 +84,32 @@ class Silence:
 
     def add(self, flow: Flow) -> None:
         self._table.add("silent", [flow])
+
+    def remove(self, flow: Flow) -> bool:
+        return self._table.remove("silent", flow)
+
+    def close(self) -> None:
+        """The kernel removes the table with its owner."""
+        self._wire.close()
+
+
+class Deafness:
+    """Nobody at this host hears what knocks for one connection (rawpacket.py, `knock_at`), for as long as this object,
+    or its process, lives. In front of a NAT: no packet without flags is of any connection to conntrack, so it would not
+    be translated, and the host itself would answer it."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._wire = netlink.NetlinkSocket()
+        table = Table(self._wire, f"{TABLE}_deaf_{os.getpid()}_{self._wire.fileno()}", flow.ip_version, flow.protocol)
+        try:
+            table.create(nftables.TABLE_OWNER)
+            table.install(Component(flow.ip_version, ("deaf",), (Chain("deaf", PREROUTING, -302, (
+                nftables.is_knock(flow.protocol) + nftables.load_flow(flow.ip_version, flow.protocol)
+                + nftables.in_set("deaf") + nftables.drop(),)),)))
+            table.add("deaf", [flow])
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """The kernel removes the table with its owner."""
@@ -165,10 +193,14 @@ def _fence_component(version: int, protocol: Protocol) -> Component:
         _output_drop("fence_output", _FENCED, version, protocol)))
 
 
+def _moved_name(nexthop: IPAddress, interface: int) -> str:
+    return f"{_MOVED}{str(nexthop).replace('.', '_').replace(':', '_')}_if{interface}"
+
+
 @functools.lru_cache(maxsize=64)
 def _moved_component(version: int, protocol: Protocol, nexthop: IPAddress, interface: int,
                      name: str = "") -> Component:
-    name = name or f"{_MOVED}{str(nexthop).replace('.', '_').replace(':', '_')}_if{interface}"
+    name = name or _moved_name(nexthop, interface)
     away = nftables.duplicate(nexthop.packed, interface) + nftables.drop()
     return _living_component(version, protocol, name, -299, away)
 
@@ -247,9 +279,10 @@ def _tunnelled_component(version: int) -> Component:
 class HostRules:
     """The lasting table of one IP version and protocol, in the network namespace of the thread that makes this."""
 
-    def __init__(self, ip_version: int, protocol: Protocol = Protocol.TCP) -> None:
+    def __init__(self, ip_version: int, protocol: Protocol = Protocol.TCP, tracks: bool | None = None) -> None:
+        """`tracks`: whether conntrack is to see what is sent on; None: where it is at work."""
         self.version, self.protocol = ip_version, protocol
-        self._tracks: bool | None = None
+        self._tracks = tracks
         self._wire = netlink.NetlinkSocket()
         self._table = self._table_of(protocol)
         self._guard = Table(self._wire, TABLE, ip_version, protocol)  # what is of one protocol and kept for all
@@ -286,16 +319,21 @@ class HostRules:
         """Make what `move` needs for this next hop on this link; returns the name of the set."""
         component = _moved_component(self.version, self.protocol, nexthop, interface)
         self._install(component)
-        if self._is_tracking():
+        if self.is_tracking():
             self._install(_sent_on_component(self.version, self.protocol))
         return component.sets[0]
 
     def move(self, flow: Flow, nexthop: IPAddress, interface: int) -> None:
-        if self._is_tracking():
+        if self.is_tracking():
             self._add(_sent_on_component(self.version, self.protocol), flow)
         self._add(_moved_component(self.version, self.protocol, nexthop, interface), flow)
 
-    def _is_tracking(self) -> bool:
+    @staticmethod
+    def is_set_of(name: str, nexthop: IPAddress, interface: int) -> bool:
+        """One of those that say that it goes there."""
+        return name.removesuffix("_closing") == _moved_name(nexthop, interface)
+
+    def is_tracking(self) -> bool:
         """This kernel can have conntrack see what is sent on, and it is at work."""
         if self._tracks is None:
             self._tracks = conntrack.knows_any() and can_track_again(self.version)

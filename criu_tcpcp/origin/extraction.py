@@ -32,9 +32,12 @@ _LOOK_AGAIN_S = 0.0002
 class Extraction(abc.ABC):
     """Of one connection of the process; made before the freeze, since its sockets take time to make."""
 
-    def __init__(self, program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True) -> None:
-        """`path_stays`: what the socket has learnt of the path to the peer is of use at the destination."""
+    def __init__(self, program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True,
+                 outside: Flow | None = None) -> None:
+        """`path_stays`: what the socket has learnt of the path to the peer is of use at the destination. `outside`:
+        what the peer knows the connection as, where that is something else."""
         self._program, self._flow, self._inode, self._path_stays = program, flow, inode, path_stays
+        self._passed_as = outside or flow
         self._image: Image | None = None
         self._rehearsed = rehearse(flow.ip_version, flow.protocol)
 
@@ -76,16 +79,18 @@ class Extraction(abc.ABC):
         """Let go of what it holds."""
 
 
-def extraction_of(program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True) -> Extraction:
+def extraction_of(program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True,
+                  outside: Flow | None = None) -> Extraction:
     kinds: dict[Protocol, type[Extraction]] = {Protocol.TCP: SegmentExtraction, Protocol.UDP: DatagramExtraction}
-    return kinds[flow.protocol](program, flow, inode, path_stays=path_stays)
+    return kinds[flow.protocol](program, flow, inode, path_stays=path_stays, outside=outside)
 
 
 class DatagramExtraction(Extraction):
     """Of a UDP socket: what waits is all there is."""
 
-    def __init__(self, program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True) -> None:
-        super().__init__(program, flow, inode, path_stays=path_stays)
+    def __init__(self, program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True,
+                 outside: Flow | None = None) -> None:
+        super().__init__(program, flow, inode, path_stays=path_stays, outside=outside)
         self._memory = 0
 
     def probe(self) -> None:
@@ -96,7 +101,7 @@ class DatagramExtraction(Extraction):
         self._memory = datagrams.queue_memory(sock)
         state = datagrams.read_state(sock, options, self._program.is_nonblocking)
         self._fits(state.carried_bytes, beside)
-        self._image = datagramimage.encode(state, self._inode)
+        self._image = datagramimage.encode(replace(state, flow=self._passed_as), self._inode)
         return ()  # none of it is TLS
 
     def verify(self) -> None:
@@ -113,8 +118,9 @@ class DatagramExtraction(Extraction):
 class SegmentExtraction(Extraction):
     """Of a TCP socket."""
 
-    def __init__(self, program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True) -> None:
-        super().__init__(program, flow, inode, path_stays=path_stays)
+    def __init__(self, program: OriginProcess, flow: Flow, inode: int, *, path_stays: bool = True,
+                 outside: Flow | None = None) -> None:
+        super().__init__(program, flow, inode, path_stays=path_stays, outside=outside)
         self._sniffer: Sniffer | None = None
         self._injector = Injector(flow.ip_version, MARK)
         self._ts_recent: int | None = None
@@ -139,7 +145,7 @@ class SegmentExtraction(Extraction):
         if not self._path_stays:
             state = replace(state, congestion=NOTHING_LEARNT)
         self._fits(len(state.outgoing) + len(state.received), beside)
-        self._state, self._image = state, encode(state, self._inode)
+        self._state, self._image = state, encode(replace(state, flow=self._passed_as), self._inode)
         return state.received, state.outgoing
 
     def verify(self) -> None:

@@ -18,6 +18,7 @@ Order within the freeze, and why (kernel/repair.py, kernel/rules.py, kernel/grac
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import os
@@ -28,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .. import endpoints, namespaces, redirect
+from .. import endpoints, namespaces, outside, redirect
 from ..core import tls
 from ..core.endpoint import Flow, IPAddress
 from ..core.errors import ProtocolError, Refused, TcpcpError
@@ -55,7 +56,7 @@ from ..holding import Holding
 from ..inventory import Connection
 from ..journal import ANNOUNCED, TOLD, Journal
 from ..kernel import netns, process, syscalls
-from ..kernel.rules import HostRules
+from ..kernel.rules import HostRules, Silence
 from ..redirect import tunnelled
 from ..redirect.forward import DivertAtDestination
 from ..transport.target import LocalTarget, Target, target_from_json
@@ -128,6 +129,9 @@ class Origin:
         self._control: socket.socket | None = None
         self._rules: HostRules | None = None
         self._redirect: redirect.OriginRedirect | None = None
+        self._outside: outside.Outside | None = None  # where the program is in a container behind its host
+        self._ways: HostRules | None = None  # where its packets are sent on: there, or with the other rules
+        self._older_ways: list[str] = []  # that led them to the program
         self._home = netns.open_own()  # where the command was started
         self._extraction: Extraction | None = None
         self._app_state = options.app_state
@@ -150,9 +154,10 @@ class Origin:
                           hint="two hosts, or two network namespaces, are needed")
         self.program.check_end(self.options.origin_sees)
         sock = self._take()
-        entry = encode_inet_sk(self.flow, self._connection.state, not os.get_blocking(sock.fileno()),
+        self._outside = outside.at_origin(self.flow, self._home)
+        entry = encode_inet_sk(self.passed_as, self._connection.state, not os.get_blocking(sock.fileno()),
                                self.program.options, self._connection.inode)
-        wire.send(Stage(self.journal.pass_id, self.flow.to_json(), self.options.into,
+        wire.send(Stage(self.journal.pass_id, self.passed_as.to_json(), self.options.into,
                         self.options.redirect.partition(":")[0], entry,
                         self.options.max_stall_ms, self.options.prologue is not None, self.options.prologue or b"",
                         self.options.idle_ms or 0, endpoints.of(self.flow.protocol).needs(sock)))
@@ -164,12 +169,22 @@ class Origin:
             raise ProtocolError("the destination answered out of turn")
         self.staged = answer
         self._refuse_tls(endpoints.of(self.flow.protocol).first_unread(sock, _PEEK))
-        self.plan = redirect.choose(self.options.redirect, self.flow, self._via(), answer.address_is_local)
-        self._refuse_minimal_ttl(self.plan)
-        self.plan = laid(self.plan, self.flow, self.journal, wire, answer.address_is_local)
-        self._redirect = redirect.origin_half(self.plan, self._setting())
-        self._redirect.stage(self._need(self._rules), self.flow)
+        with self._where_packets_are():
+            self.plan = redirect.choose(self.options.redirect, self.passed_as, self._via(), answer.address_is_local)
+            self._refuse_minimal_ttl(self.plan)
+            self.plan = laid(self.plan, self.passed_as, self.journal, wire, answer.address_is_local)
+            self._redirect = redirect.origin_half(self.plan, self._setting())
+            self._redirect.stage(self._need(self._ways), self.passed_as)
         self._announce()
+
+    @property
+    def passed_as(self) -> Flow:
+        """The connection as its peer, and so everybody else, knows it."""
+        return self._outside.flow if self._outside is not None else self.flow
+
+    def _where_packets_are(self) -> contextlib.AbstractContextManager[None]:
+        """The calling thread is in the network namespace in which they are held and sent on."""
+        return self._outside.enter() if self._outside is not None else contextlib.nullcontext()
 
     def _setting(self) -> redirect.Setting:
         return redirect.Setting(self.journal.pass_id, self.there.hello.host if self.there.hello is not None else "")
@@ -178,16 +193,16 @@ class Origin:
         """Written first, where the pass has a journal: whoever is killed behind it leaves it to another to withdraw."""
         plan, way = self._need(self.plan), self._need(self._redirect)
         if plan.command and self.journal.exists():
-            self.journal.write(ANNOUNCED, plan=plan.to_json(), flow=self.flow.to_json(),
+            self.journal.write(ANNOUNCED, plan=plan.to_json(), flow=self.passed_as.to_json(),
                                host=self._setting().destination)
         with netns.enter(self._home):
-            way.announce(self.flow)
+            way.announce(self.passed_as)
 
     def unstage(self) -> None:
         """Of a pass that is not to be run: tell the network so, too."""
         if self._redirect is not None:
             with netns.enter(self._home):
-                self._redirect.withdraw(self.flow)
+                self._redirect.withdraw(self.passed_as)
 
     def _take(self) -> socket.socket:
         sock = self.program.take()
@@ -213,9 +228,18 @@ class Origin:
         """What this host needs, whatever the destination answers."""
         self._rules = HostRules(self.flow.ip_version, self.flow.protocol)
         self._rules.prepare_fence()
-        self.holding = Holding(self.flow)
+        if self._outside is None:
+            self._ways = self._rules
+            self.holding = Holding(self.flow)
+        else:
+            self._ways = self._outside.rules()
+            self._older_ways = self._ways.moves_of(self.passed_as)
+            self._outside.ignore_knocks()  # a destination that has sent it on before may send them back
+            silence = Silence(self.flow.ip_version, self.flow.protocol)
+            with self._where_packets_are():
+                self.holding = Holding(self.passed_as, (silence, self.flow))
         self._extraction = extraction_of(self.program, self.flow, self._connection.inode,
-                                         path_stays=self.options.congestion == "keep")
+                                         path_stays=self.options.congestion == "keep", outside=self.passed_as)
         self.program.ask_whether_registered()
 
     def _refuse_minimal_ttl(self, plan: redirect.Plan) -> None:
@@ -314,7 +338,8 @@ class Origin:
             "intent", flow=self.flow.to_json(), pid=self.program.identity.pid,
             start_time=self.program.identity.start_time,
             descriptors=list(self._connection.descriptors), cookie=self._connection.cookie,
-            inode=self._connection.inode, network=list(netns.own()), target=self.there.target.to_json(),
+            inode=self._connection.inode, network=list(netns.own()),
+            outside=self._outside.to_json() if self._outside is not None else None, target=self.there.target.to_json(),
             host=hello.host, destination_boot=hello.boot_id, plan=plan.to_json(), into=staged.into,
             origin_sees=self.options.origin_sees, settle_s=self.options.settle_s,
             doubt_limit_s=self.options.doubt_limit_s)
@@ -386,8 +411,11 @@ class Origin:
 
     def _redirect_packets(self) -> None:
         """First the way, then what was held, in its order, then the direct path for what comes: nothing overtakes."""
-        rules, way = self._need(self._rules), self._need(self._redirect)
-        way.commit(rules, self.flow)
+        ways, way = self._need(self._ways), self._need(self._redirect)
+        with self._where_packets_are():
+            if self._older_ways:  # nothing comes by them meanwhile: it is held in front of them
+                ways.stay(self.passed_as, self._older_ways)
+            way.commit(ways, self.passed_as)
         self._release(onward=way.held_packets_follow)
 
     def _release(self, onward: bool) -> None:
@@ -419,7 +447,7 @@ class Origin:
 
     def _reroute(self) -> None:
         with netns.enter(self._home):
-            self._need(self._redirect).reroute(self.flow)
+            self._need(self._redirect).reroute(self.passed_as)
 
     def _write_done(self) -> None:
         self.journal.write("done")
@@ -450,8 +478,9 @@ class Origin:
             self.holding.unsilence()
 
     def _undo_redirect(self) -> None:
-        if self._rules is not None and self._redirect is not None:
-            self._redirect.undo(self._rules, self.flow)
+        if self._ways is not None and self._redirect is not None and not self._older_ways:
+            with self._where_packets_are():
+                self._redirect.undo(self._ways, self.passed_as)
 
     def _write_aborted(self) -> None:
         if self.journal.exists():
@@ -507,8 +536,14 @@ class Origin:
         if self._rules is not None:
             if self._machine_state in (OriginState.READY, OriginState.ROLLED_BACK):
                 self._rules.sweep()
-                tunnelled.sweep()
+                with self._where_packets_are():
+                    self._need(self._ways or self._rules).sweep()
+                    tunnelled.sweep()
             self._rules.close()
+        if self._ways is not None:
+            self._ways.close()
+        if self._outside is not None:
+            self._outside.close()
         os.close(self._home)
 
     @staticmethod
@@ -538,6 +573,10 @@ class Origin:
         origin._redirect = redirect.origin_half(origin.plan, redirect.Setting(journal.pass_id, intent["host"]))
         with netns.enter(origin.program.namespace):
             origin._rules = HostRules(origin.flow.ip_version, origin.flow.protocol)
+        origin._outside = outside.of_journal(journal)
+        origin._ways = origin._rules if origin._outside is None else origin._outside.rules()
+        if origin._outside is not None:
+            origin._older_ways = origin._ways.moves_of(origin.passed_as)
         origin.program.take_what_is_left()
         return origin
 

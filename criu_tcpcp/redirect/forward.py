@@ -36,8 +36,9 @@ class ForwardAtOrigin(OriginRedirect):
         """A firewall here sees of the connection only what is sent on, from the pass on, and may take none of it for
         invalid."""
         rules.prepare_move(self._nexthop, self._interface)
-        with contextlib.closing(Tracked(flow, "this host")) as tracked:
-            tracked.enter()
+        if rules.is_tracking():
+            with contextlib.closing(Tracked(flow, "this host")) as tracked:
+                tracked.enter()
 
     def commit(self, rules: HostRules, flow: Flow) -> None:
         """From here on nothing of the connection reaches this host's stack."""

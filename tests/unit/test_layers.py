@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"apps", "endpoints", "obstacles", "tracking"}),
     frozenset({"inventory", "redirect", "graft", "application", "pipeline", "policy", "rehearsal", "report", "api",
                "holding", "greeting", "imagedir", "audit"}),
-    frozenset({"namespaces"}),
+    frozenset({"namespaces", "outside"}),
     frozenset({"executor", "merging", "door"}),
     frozenset({"origin", "destination", "imagewriter"}),
     frozenset({"keeper"}),
