@@ -3,29 +3,21 @@
 There is no second owner of the order: `pass`, the keeper, `resolve` and `serve` all run a machine of `core.handoff`
 through here, from whatever state the journal says. Every action is timed; an error ends the list of actions and
 becomes the event FAILED, except for those whose failure cannot change the outcome, which is noted in `left`; some of
-these are tried once more before that.
-
-Fault injection, the only hook for tests. A point is a side and an action: "origin:fence", "destination:restore", and
-"resolve:end" or "recovery:activate" for those that continue what others began. Where CRIU_TCPCP_STOP_AT names one, the
-process stops itself (SIGSTOP) just before the action; the tests then kill whom they like and let it go on. Where
-CRIU_TCPCP_FAIL_AT says "origin:fence=EIO", the action fails like a system call with that errno. Both take a list, with
-commas; each point counts once a process.
+these are tried once more before that. Tests stop it, or make an action fail, by faults.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
-import os
-import signal
 import time
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
-from .core.errors import KernelError, LinkError, ProtocolError, TcpcpError
+from .core.errors import LinkError, ProtocolError, TcpcpError
 from .core.handoff import BEST_EFFORT, TRIED_TWICE, Action, Event, IllegalEvent, Machine, State
 from .core.messages import Message
+from .faults import Faults
 
 StateIn = TypeVar("StateIn", contravariant=True)
 
@@ -79,25 +71,6 @@ def without_garbage_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
-class _Faults:
-    """See the module."""
-
-    def __init__(self) -> None:
-        self._stops = {point for point in os.environ.get("CRIU_TCPCP_STOP_AT", "").split(",") if point}
-        pairs = [one.partition("=") for one in os.environ.get("CRIU_TCPCP_FAIL_AT", "").split(",")]
-        self._failures = {point: name for point, _, name in pairs if name}
-
-    def stop(self, point: str) -> None:
-        if point in self._stops:
-            self._stops.remove(point)
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    def fail(self, point: str) -> None:
-        if name := self._failures.pop(point, None):
-            number = getattr(errno, name)
-            raise KernelError(f"{point}, as a test wants it", number, os.strerror(number))
-
-
 class Executor(Generic[State]):
     """`steps`: [action, milliseconds] of all that was done. `failure`: the first error that changed the course.
     `left`: what could not be done and does not change the outcome."""
@@ -109,7 +82,7 @@ class Executor(Generic[State]):
         self.failure: TcpcpError | None = None
         self._side = side
         self._final = final
-        self._faults = _Faults()
+        self._faults = Faults()
 
     def run(self, event: Event | None = None) -> State:
         """From this event (None: wait for one) until the machine rests; returns its state."""

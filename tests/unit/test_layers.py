@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_version"}),
     frozenset({"core"}),
     frozenset({"kernel"}),
-    frozenset({"journal", "transport", "verify"}),
+    frozenset({"faults", "journal", "transport", "verify"}),
     frozenset({"apps", "endpoints", "obstacles", "tracking"}),
     frozenset({"inventory", "redirect", "graft", "application", "pipeline", "policy", "rehearsal", "report", "api",
                "holding", "greeting", "imagedir", "audit"}),
