@@ -26,10 +26,9 @@ from typing import Any
 
 from ..core.endpoint import Flow
 from ..core.errors import Refused
-from ..kernel.rules import HostRules
 from ..kernel.syscalls import failing
-from . import OriginRedirect, Plan, Setting
-from .none import NoneAtOrigin
+from . import Plan, Setting
+from .bridged import Bridged
 
 TIMEOUT_S = 10.0
 _SAID = 200  # characters of its last line on stderr
@@ -78,22 +77,12 @@ def words_of(command: str) -> tuple[str, ...]:
     return words
 
 
-class HookAtOrigin(OriginRedirect):
+class HookAtOrigin(Bridged):
     """The bridge for as long as it takes, and then the hook."""
 
     def __init__(self, plan: Plan, setting: Setting) -> None:
-        self._bridge = NoneAtOrigin(plan, setting)
+        super().__init__(plan, setting)
         self._hook = Hook(plan, setting)
-        self.held_packets_follow = self._bridge.held_packets_follow
-
-    def stage(self, rules: HostRules, flow: Flow) -> None:
-        self._bridge.stage(rules, flow)
-
-    def commit(self, rules: HostRules, flow: Flow) -> None:
-        self._bridge.commit(rules, flow)
-
-    def undo(self, rules: HostRules, flow: Flow) -> None:
-        self._bridge.undo(rules, flow)
 
     def announce(self, flow: Flow) -> None:
         self._hook.tell("stage", flow)
