@@ -366,6 +366,14 @@ class HostRules:
     def is_moved(self, flow: Flow) -> bool:
         return bool(self.moves_of(flow))
 
+    def moved_elsewhere(self, address: IPAddress, nexthop: IPAddress | None, interface: int) -> list[Flow]:
+        """The connections of this local address, of all protocols, that go to other next hops than this one."""
+        here = _moved_component(self.version, self.protocol, nexthop, interface).sets[0] if nexthop else ""
+        tables = map(self._table_of, Protocol)
+        return [flow for table in tables for name in table.set_names()
+                if name.startswith(_MOVED) and not name.endswith("_closing") and name != here
+                for flow in table.flows(name) if flow.local.address == address]
+
     # -- divert: packets for an address that this host does not have --------------------------------------------------
 
     def divert(self, flow: Flow) -> None:

@@ -195,6 +195,43 @@ def listeners() -> list[Listener]:
     return found
 
 
+@dataclass(frozen=True)
+class Use:
+    """A socket that is bound to a local address: `peer` is None where it waits for anybody."""
+
+    protocol: Protocol
+    local: Endpoint
+    peer: Endpoint | None
+    inode: int
+
+    def __str__(self) -> str:
+        if self.peer is not None:
+            return str(Flow(self.local, self.peer, protocol=self.protocol))
+        return f"{self.local} ({'a listener' if self.protocol is Protocol.TCP else 'of UDP'})"
+
+
+def uses_of(address: IPAddress) -> list[Use]:
+    """The sockets in the calling thread's network namespace that live by this local address, those without a program
+    too; what only waits for its end (TIME-WAIT) does not."""
+    found = []
+    for protocol, family in itertools.product(Protocol, (socket.AF_INET, socket.AF_INET6)):
+        request = struct.pack("=BBBBI", family, protocol, 0, 0, 0xFFFFFFFF & ~(1 << TcpState.TIME_WAIT)) + bytes(48)
+        for body in _ask(request, netlink.F_DUMP):
+            _family, _state, local_port, peer_port, local, peer, *_others, inode = _HEAD.unpack_from(body)
+            if local_port and _plain(family, local) == address.packed:
+                end = Endpoint(address, socket.ntohs(local_port))
+                other = ipaddress.ip_address(_plain(family, peer)) if peer_port else None
+                found.append(Use(protocol, end, Endpoint(other, socket.ntohs(peer_port)) if other else None, inode))
+    return found
+
+
+def _plain(family: int, packed: bytes) -> bytes:
+    """As packets carry it."""
+    if family == socket.AF_INET:
+        return packed[:4]
+    return packed[12:] if packed.startswith(_MAPPED) else packed
+
+
 def _ask(request: bytes, flags: int) -> Iterator[memoryview]:
     """The answers, each a struct inet_diag_msg and its attributes."""
     head = netlink.HEADER.pack(netlink.HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, netlink.F_REQUEST | flags, 1,
