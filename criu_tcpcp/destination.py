@@ -39,7 +39,7 @@ from .kernel.rules import MARK, HostRules, host_rules
 from .kernel.tap import KnockListener
 from .merging import LASTS_S, Merging
 from .outside import Outside
-from .redirect import tunnelled
+from .redirect import address, tunnelled
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
 from .tracking import Tracked
@@ -125,9 +125,9 @@ class Destination:
 
     def _stage(self) -> None:
         flow = self.flow
-        for address in (flow.local.address, flow.peer.address):
-            if any((address.is_loopback, address.is_multicast, address.is_unspecified, address == _BROADCAST)):
-                raise Refused(f"a connection with the address {address} cannot live here")
+        for end in (flow.local.address, flow.peer.address):
+            if any((end.is_loopback, end.is_multicast, end.is_unspecified, end == _BROADCAST)):
+                raise Refused(f"a connection with the address {end} cannot live here")
         if flow.peer.address.is_link_local:
             raise Refused(f"the peer {flow.peer.address} has a meaning on its own link only",
                           refusal=Refusal.LINK_LOCAL)
@@ -255,13 +255,16 @@ class Destination:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             message = self._wire.receive(timeout_s)
-            while isinstance(message, (messages.Imminent, messages.Dig, messages.Listen)) \
+            while isinstance(message, (messages.Imminent, messages.Dig, messages.Listen, messages.Adopt)) \
                     and self._machine_state is DestinationState.READY:
                 match message:
                     case messages.Dig():
                         self._dig(message)
                     case messages.Listen():
                         self._listen(message)
+                    case messages.Adopt():
+                        admit = self._entry.admit_address if self._entry is not None else None
+                        self._wire.send(address.answer(message, self.flow, self.journal, admit))
                     case messages.Imminent():
                         self._warm_up()
                 message = self._wire.receive(None if deadline is None else max(0, deadline - time.monotonic()))

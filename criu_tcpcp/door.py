@@ -5,6 +5,7 @@
                        steer packets here (`admit_options`, asked again of the state); nothing was touched
     once it is found   some rule allows it into a program that could get it, and has room (`admit`)
     once it is known   the same of the program that has accepted, before anything is said to it (Ground.admit)
+    before an address  moves here: the rule that let the pass in says that it may (`admit_address`)
     before the commit  the same once more: a process may have executed another program, or changed its user
 
 Which rule let a pass in, and for which key, stands in the pass's journal: a key may ask about its own passes and no
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from . import graft, policy
 from . import journal as journals
 from .audit import Audit
-from .core.endpoint import Flow
+from .core.endpoint import Flow, IPAddress
 from .core.errors import JournalError, Refused, TcpcpError
 from .core.options import STEERING, OptionValue
 from .core.policy import DEFAULT_AUDIT, NO_PORT, Rule, Taker, check_name
@@ -129,6 +130,17 @@ class Entry:
                 raise Denied(f"rule {fitting[0].name} allows {fitting[0].limit} connections at once, and has them")
             self._record.write(ADMITTED, key=self._door.key, rule=free.name)
         self._rule = free.name
+
+    def admit_address(self, address: IPAddress, now: bool) -> None:
+        """Denied unless the rule that let the pass in lets the connection's local address come along. Refused where it
+        comes `now` and the audit cannot be written."""
+        fitting = self._door.allowing(self._flow, [Taker()])
+        if not any(rule.name == self._rule and rule.lets_move(address) for rule in fitting):
+            denied = Denied(f"rule {self._rule} does not let the address {address} move here (adopts)")
+            self.tell_refused(denied)
+            raise denied
+        if now:
+            self._tell("address", address=str(address))
 
     def confirm(self, takers: list[Taker]) -> None:
         """Within the freeze, where no lock is taken: Denied unless the rule that let the pass in still allows it."""

@@ -55,6 +55,8 @@ def check_options(options: dict[str, Any]) -> Options:
     if wanted.congestion not in CONGESTION:
         raise UsageError(f"--congestion {wanted.congestion[:80]}: keep or restart")
     redirect.check_name(wanted.redirect)
+    if wanted.leave_behind and wanted.redirect != "address":
+        raise UsageError("--leave-behind speaks of an address that moves", hint="--redirect address")
     if wanted.prologue is not None:
         if len(wanted.prologue) > MAX_PROLOGUE:
             raise UsageError(f"the prologue has {len(wanted.prologue)} bytes: at most {MAX_PROLOGUE} can be said")

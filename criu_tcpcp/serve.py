@@ -37,11 +37,13 @@ from .executor import Executor, without_garbage_collection
 from .imagewriter import ImageWriter, holds_dump
 from .journal import DESTINATION, Journal, prepare_run_directory
 from .kernel import netns, process, syscalls
+from .redirect import address
 from .settle import stands_here, sweep_host
 from .transport.wire import Wire
 
 _LOCK_TIMEOUT_S = 12.0
 _IDLE_TIMEOUT_S = 10.0
+_MORE_ANNOUNCEMENTS, _BETWEEN_ANNOUNCEMENTS_S = 2, 1.0
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,15 @@ def serve(images: Images | None = None, door: Door | None = None) -> None:
     network = list(netns.own()) if images is None else []
     wire.send(messages.Hello(messages.PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(), network))
     sweep_host()
+    adopted: set[str] = set()
     while True:
         try:
             message = wire.receive(_IDLE_TIMEOUT_S)
         except LinkError:  # its end, or silence
+            _announce_again(adopted)
             return
+        if isinstance(message, messages.Adopt) and message.now:
+            adopted.add(message.pass_id)
         try:
             _do(message, wire, images, door)
         except Denied as denied:
@@ -98,6 +104,8 @@ def _do(message: messages.Message, wire: Wire, images: Images | None, door: Door
             _settled(message, wire, images, door)
         case messages.Ask():
             _tell_whether_it_stands(message, wire, images, door)
+        case messages.Adopt():
+            _adopt(message, wire, door)
         case messages.Try():
             _try(message, wire)
         case messages.Abort():
@@ -238,6 +246,33 @@ def _tell_whether_it_stands(ask: messages.Ask, wire: Wire, images: Images | None
         door.check_flow(journal, flow)
     stands = stands_here(journal, flow) if images is None else holds_dump(images.place, ask.pass_id)
     wire.send(messages.Standing(ask.pass_id, stands))
+
+
+def _adopt(message: messages.Adopt, wire: Wire, door: Door | None) -> None:
+    """The local address of a pass that is over."""
+    journal = Journal(message.pass_id, DESTINATION)
+    if door is not None:
+        door.check_own(journal)
+    staged = journal.field("staged")
+    if staged is None:
+        wire.send(messages.Refused(message.pass_id, "the destination does not know the pass", ""))
+        return
+    flow = Flow.from_json(staged["flow"])
+    admit = door.entry(journal, flow, staged["into"]).admit_address if door is not None else None
+    with _waiting_lock(journal) as mine, namespaces.of_side(journal):
+        if mine:  # else another serve is at it, and the origin asks again
+            wire.send(address.answer(message, flow, journal, admit))
+
+
+def _announce_again(adopted: set[str]) -> None:
+    """What is said once can be lost, and now nobody waits (RFC 5227 2.3, RFC 4861 7.2.6)."""
+    for _ in range(_MORE_ANNOUNCEMENTS if adopted else 0):
+        time.sleep(_BETWEEN_ANNOUNCEMENTS_S)
+        for journal in (Journal(pass_id, DESTINATION) for pass_id in adopted):
+            staged = journal.field("staged")
+            if staged is not None:
+                with contextlib.suppress(TcpcpError), namespaces.of_side(journal):
+                    address.announce(Flow.from_json(staged["flow"]).local.address)
 
 
 def _settled(message: messages.Settled, wire: Wire, images: Images | None, door: Door | None) -> None:

@@ -20,7 +20,7 @@ from .core import handoff
 from .core.endpoint import Flow, Protocol
 from .core.errors import ExitCode, InDoubt, KernelError, LinkError, Owner, ProtocolError, Refused, TcpcpError
 from .core.handoff import ORIGIN_FINAL, Event, OriginState
-from .core.messages import Ask, Settled, Standing
+from .core.messages import Ask, Message, Settled, Standing
 from .core.tcp import PASSABLE_STATES, TcpState
 from .executor import Executor
 from .greeting import greet
@@ -31,7 +31,8 @@ from .keeper import finish_journal, make_report
 from .kernel import conntrack, netns, process, routing, sockdiag, syscalls
 from .kernel.rules import HostRules, host_rules
 from .origin import STATE_FILE, Origin
-from .redirect import tunnelled
+from .redirect import address, tunnelled
+from .redirect.address import Reach
 from .redirect.forward import DivertAtDestination
 from .report import Report
 from .transport.link import open_link
@@ -89,6 +90,8 @@ def _state(journal: Journal, working: bool) -> str:
         return {"settled": "active", "active": "active"}.get(last, journal.verdict() or "undecided")
     if any(record["boot"] != syscalls.boot_id() for record in journal.records()):
         return "of an earlier boot"
+    if last == "done" and address.is_under_way(journal):
+        return "address on its way"
     return {"offered": "in doubt", "let go": "in doubt", "committed": "unconfirmed", "claimed": "undone",
             "intent": "undone"}.get(last, last or "undone")
 
@@ -180,23 +183,40 @@ def _remains(journal: Journal) -> Connection:
 
 
 def _told_report(journal: Journal) -> Report:
-    """Tell the destination that the pass is settled; the process that should have, ended before."""
-    report = settled_report(journal)
+    """Tell the destination that the pass is settled; the process that should have, ended before. First comes what has
+    to be settled with it: an address that was on its way."""
+    problems = []
     try:
         with contextlib.ExitStack() as stack:
             intent = journal.field("intent")
             wire = _Elsewhere(stack).wire(intent["target"]) if intent is not None else None
             if wire is None:
                 raise LinkError("it cannot be reached")
+            try:
+                _finish_address(journal, wire)
+            except Refused as error:  # it is here again
+                problems.append(error.message)
             wire.send(Settled(journal.pass_id))
             if not isinstance(wire.receive(_ANSWER_TIMEOUT_S), Settled):
                 raise ProtocolError("it answered out of turn")
             journal.write(journals.TOLD)
     except TcpcpError as error:
-        problem = f"the destination could not be told that the pass is over: {error.message}"
+        problems.append(f"the destination could not be told that the pass is over: {error.message}")
+    report = settled_report(journal)
+    if problems:
         code = ExitCode.UNCLEAN if report.exit is ExitCode.OK else report.exit
-        return replace(report, exit=code, left=(problem,), error=report.error or problem)
+        return replace(report, exit=code, left=(*report.left, *problems),
+                       error="; ".join(filter(None, (report.error, *problems))))
     return report
+
+
+def _finish_address(journal: Journal, wire: Wire) -> None:
+    def ask(message: Message) -> Message:
+        wire.send(message)
+        return wire.receive(_ANSWER_TIMEOUT_S)
+
+    with namespaces.of_side(journal):
+        address.finish(Reach("resolve", journal, ask))
 
 
 def settled_report(journal: Journal) -> Report:
@@ -205,6 +225,10 @@ def settled_report(journal: Journal) -> Report:
     owner = {"done": Owner.DESTINATION, "lost": Owner.NONE}.get(last, Owner.ORIGIN)
     code = {Owner.NONE: ExitCode.LOST, Owner.ORIGIN: ExitCode.ROLLED_BACK}.get(owner, ExitCode.OK)
     known = _known(journal)
+    if address.is_under_way(journal):
+        way = f"its address is on its way: criu-tcpcp resolve {journal.pass_id}"
+        return Report(id=journal.pass_id, owner=owner, exit=ExitCode.UNCLEAN if code is ExitCode.OK else code,
+                      connection=known.connection, left=(way,), error=way)
     texts = {Owner.NONE: "the connection is lost",
              Owner.ORIGIN: "the pass was never offered: the origin has its connection"}
     return Report(id=journal.pass_id, owner=owner, exit=code, connection=known.connection, error=texts.get(owner))

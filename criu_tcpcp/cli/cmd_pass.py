@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="who takes the connection there: auto, receiver[:PATH], accept:PID, listen:PORT or "
                              "pid:PID[:FD] (default: %(default)s)")
     parser.add_argument("--redirect", default="auto", metavar="WAY",
-                        help="how later packets get there: auto, none, forward or hook:CMD (default: %(default)s)")
+                        help="how later packets get there: auto, none, forward, address or hook:CMD (default: "
+                             "%(default)s)")
+    parser.add_argument("--leave-behind", action="store_true",
+                        help="let the address move (--redirect address) though other sockets of this host use it, "
+                             "which lose it")
     parser.add_argument("--via", metavar="ADDRESS", help="the destination's address for packets (default: as SSH)")
     add_freeze_arguments(parser)
     parser.add_argument("--congestion", default="keep", choices=["keep", "restart"],
@@ -72,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"into": arguments.into, "redirect": arguments.redirect, "via": arguments.via,
+            "leave_behind": arguments.leave_behind,
             "app_state": _bytes("--app-state", arguments.app_state, MAX_CARRIED, "256 MiB") or b"",
             "tls_anyway": arguments.tls_anyway, "ecn_anyway": arguments.ecn_anyway,
             "prologue": _bytes("--prologue", arguments.prologue, MAX_PROLOGUE, "32 KiB"),

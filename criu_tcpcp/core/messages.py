@@ -12,6 +12,7 @@ The conversation, origin (O) and destination (D):
     O->D  Dig                       D->O  Dug | Refused          a tunnel for the packets, where one is needed
     O->D  Imminent, then Prepare    D->O  Prepared | Aborted     the state; a dormant connection
     O->D  Commit     D->O  Committed, then Active        the commit point lies between Commit and Committed
+    O->D  Adopt      D->O  Adopted | Refused             the local address moves: asked beforehand, done behind Active
     O->D  Abort      D->O  Aborted
     O->D  Query      D->O  Aborted | Committed | Active | Lost
                                                          after a failure: a Query of what was not committed aborts it
@@ -32,7 +33,7 @@ from typing import Any, ClassVar
 from .errors import ProtocolError
 from .state import MAX_CARRIED
 
-PROTOCOL = 9  # one more for every message, field or meaning that is new
+PROTOCOL = 10  # one more for every message, field or meaning that is new
 _LENGTH = struct.Struct(">I")
 _HEAD = struct.Struct(">BI")
 MAX_HEADER = 1 << 16
@@ -268,6 +269,27 @@ class Heard(Message):
 
 
 @dataclass(frozen=True)
+class Adopt(Message):
+    """Have the local address of this pass's connection; I, whose interface has this `hardware` address, have removed it
+    if `now`, and only ask whether you could if not. `address`: as core/address.py has it."""
+
+    kind = 25
+    pass_id: str
+    address: dict[str, Any]
+    hardware: str
+    now: bool
+
+
+@dataclass(frozen=True)
+class Adopted(Message):
+    """I have it, or could. Refused: I have not. `left`: what could not be done, or ''."""
+
+    kind = 26
+    pass_id: str
+    left: str = ""
+
+
+@dataclass(frozen=True)
 class Try(Message):
     """Try what a pass needs, at the other host. `feature`: only this one, or '' for all."""
 
@@ -287,7 +309,7 @@ _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
                     Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent, Dig, Dug, Listen,
-                    Heard)}
+                    Heard, Adopt, Adopted)}
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

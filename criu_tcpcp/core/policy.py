@@ -2,7 +2,8 @@
 
 Each rule allows something, none forbids, and what no rule allows is denied: so a rule that is taken away never allows
 more. A rule names everything that it allows. "any" has to be said; what is left out is an error, not a permission. Only
-`protocols` may be left out, and then TCP alone is allowed: rules were written before there was another.
+two fields may be left out, since rules were written before there were such things: without `protocols` TCP alone is
+allowed, without `adopts` no address may move here.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class Rule:
     ports: tuple[range, ...] | None
     limit: int
     protocols: frozenset[Protocol] = frozenset({Protocol.TCP})
+    adopts: tuple[Network, ...] | None = ()
+
+    def lets_move(self, address: IPAddress) -> bool:
+        """The local address of a connection may come along."""
+        return _within(self.adopts, address)
 
     def objections(self, key: str, flow: Flow, taker: Taker) -> list[str]:
         """What of the question the rule does not allow."""
@@ -141,13 +147,13 @@ def _rule(name: str, table: Any, uid_of: Callable[[str], int], path_of: Callable
         "keys": _key, "local": _network, "local-ports": _ports, "peers": _network, "peer-ports": _ports,
         "users": lambda place, value: _user(place, value, uid_of),
         "executables": lambda place, value: _executable(place, value, path_of), "ports": _ports}
-    optional: dict[str, Callable[[str, Any], Any]] = {"protocols": _protocol}
+    optional: dict[str, Callable[[str, Any], Any]] = {"protocols": _protocol, "adopts": _network}
     for field_name in [*(one for one in table if one not in (*readers, *optional, "limit")),
                        *(one for one in (*readers, "limit") if one not in table)]:
         what = "is no field of a rule" if field_name in table else "is missing"
         raise Refused(f"{place}: {field_name!r:.80} {what}", hint=", ".join((*readers, *optional, "limit")))
-    values = {one: _several(f"{place}.{one}", table.get(one, [Protocol.TCP.label]), reader)
-              for one, reader in (readers | optional).items()}
+    values = {one: _several(f"{place}.{one}", table[one], reader)
+              for one, reader in (readers | optional).items() if one in table}
     if values["keys"] is None:
         raise Refused(f"{place}.keys: keys have to be named")
     limit = table["limit"]
@@ -155,7 +161,7 @@ def _rule(name: str, table: Any, uid_of: Callable[[str], int], path_of: Callable
         raise Refused(f"{place}.limit: {limit!r:.80} is not a number of connections (1 to {_MOST_AT_ONCE})")
     return Rule(name, frozenset(values["keys"]), values["local"], values["local-ports"], values["peers"],
                 values["peer-ports"], _set(values["users"]), _set(values["executables"]), values["ports"], limit,
-                frozenset(values["protocols"] or Protocol))
+                frozenset(values.get("protocols", (Protocol.TCP,)) or Protocol), values.get("adopts", ()))
 
 
 def _set(values: tuple[Any, ...] | None) -> frozenset[Any] | None:

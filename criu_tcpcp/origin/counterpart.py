@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 
 from ..core.errors import LinkError
-from ..core.messages import Hello, Settled
+from ..core.messages import Hello, Message, Settled
 from ..greeting import TIMEOUT_S, greet
 from ..kernel import netns
 from ..transport.link import Link, open_link
@@ -63,6 +63,11 @@ class Counterpart:
         self.wire.send(Settled(pass_id))
         if not isinstance(self.wire.receive(timeout_s), Settled):
             raise LinkError("the destination did not confirm that the pass is settled")
+
+    def ask(self, message: Message, timeout_s: float) -> Message:
+        """Its answer. LinkError where none comes."""
+        self.wire.send(message)
+        return self.wire.receive(timeout_s)
 
     def disconnect(self) -> None:
         if self._link is not None:

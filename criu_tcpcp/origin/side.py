@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 from .. import endpoints, namespaces, outside, redirect
 from ..core import tls
 from ..core.endpoint import Flow, IPAddress
-from ..core.errors import ProtocolError, Refused, TcpcpError
+from ..core.errors import LinkError, ProtocolError, Refused, TcpcpError
 from ..core.handoff import Action, Event, OriginState
 from ..core.image import encode_inet_sk
 from ..core.messages import (
@@ -57,7 +57,8 @@ from ..inventory import Connection
 from ..journal import ANNOUNCED, TOLD, Journal
 from ..kernel import netns, process, syscalls
 from ..kernel.rules import HostRules, Silence
-from ..redirect import tunnelled
+from ..redirect import address, tunnelled
+from ..redirect.address import Reach
 from ..redirect.forward import DivertAtDestination
 from ..transport.target import LocalTarget, Target, target_from_json
 from .counterpart import Counterpart
@@ -81,11 +82,13 @@ class Options:
     `tls_anyway`: pass what looks like TLS to a program that cannot have its keys, too; `ecn_anyway`: pass without ECN
     what negotiated it.
     `congestion`: "keep" lets the destination go on with what was learnt of the path, "restart" does not.
+    `leave_behind`: let the address move though other sockets here use it.
     `settle_s`: how long to ask the destination again before a pass is left in doubt. `doubt_limit_s`: how long after
     the offer the process may stand still in doubt; then it runs again without the connection."""
 
     into: str = "auto"
     redirect: str = "auto"
+    leave_behind: bool = False
     via: str | None = None
     idle_ms: int | None = 200
     max_stall_ms: int = 500
@@ -170,7 +173,11 @@ class Origin:
         self.staged = answer
         self._refuse_tls(endpoints.of(self.flow.protocol).first_unread(sock, _PEEK))
         with self._where_packets_are():
-            self.plan = redirect.choose(self.options.redirect, self.passed_as, self._via(), answer.address_is_local)
+            self.plan = redirect.choose(self.options.redirect, self.passed_as, self._via(), answer.address_is_local,
+                                        self.options.leave_behind)
+            if self._outside is not None and self.plan.strategy == "address":
+                raise Refused("the address of a container's host does not move with a connection of the container",
+                              hint="--redirect auto")
             self._refuse_minimal_ttl(self.plan)
             self.plan = laid(self.plan, self.passed_as, self.journal, wire, answer.address_is_local)
             self._redirect = redirect.origin_half(self.plan, self._setting())
@@ -187,7 +194,24 @@ class Origin:
         return self._outside.enter() if self._outside is not None else contextlib.nullcontext()
 
     def _setting(self) -> redirect.Setting:
-        return redirect.Setting(self.journal.pass_id, self.there.hello.host if self.there.hello is not None else "")
+        hello = self.there.hello
+        return redirect.Setting(self.journal.pass_id, hello.host if hello is not None else "", self._reach())
+
+    def _reach(self) -> Reach:
+        at = self.there.address
+        return Reach(self.name, self.journal, self._ask, self.program.namespace,
+                     ipaddress.ip_address(at) if at else None)
+
+    def _ask(self, message: Message) -> Message:
+        """Over a new link where the old one broke and the pass is over; before that, its end is the pass's."""
+        try:
+            return self.there.ask(message, _STAGE_TIMEOUT_S)
+        except LinkError:
+            if self._machine_state is not OriginState.DONE:
+                raise
+            self.there.disconnect()
+            self.there.connect()
+            return self.there.ask(message, _STAGE_TIMEOUT_S)
 
     def _announce(self) -> None:
         """Written first, where the pass has a journal: whoever is killed behind it leaves it to another to withdraw."""
@@ -437,6 +461,8 @@ class Origin:
     def _forget(self) -> None:
         """Nobody will need the state again; a divert that brought the packets here is of no use either."""
         self.journal.forget(STATE_FILE)
+        if self._machine_state is OriginState.DONE and address.is_under_way(self.journal):
+            return  # that comes first, and `resolve` does both
         # First the word, for which the destination may hold what comes to it directly (merging.py).
         if self._machine_state in (OriginState.DONE, OriginState.LOST) and self.there.is_connected:
             self.there.tell_settled(self.journal.pass_id, _ANSWER_TIMEOUT_S)  # else the operator decided without it
@@ -570,7 +596,8 @@ class Origin:
         origin._extracted_at_ms = offered["extracted_at_ms"]
         origin._offered_at_ms = offered.get("offered_at_ms", offered["extracted_at_ms"])
         origin.plan = redirect.Plan.from_json(intent["plan"])
-        origin._redirect = redirect.origin_half(origin.plan, redirect.Setting(journal.pass_id, intent["host"]))
+        setting = redirect.Setting(journal.pass_id, intent["host"], origin._reach())
+        origin._redirect = redirect.origin_half(origin.plan, setting)
         with netns.enter(origin.program.namespace):
             origin._rules = HostRules(origin.flow.ip_version, origin.flow.protocol)
         origin._outside = outside.of_journal(journal)

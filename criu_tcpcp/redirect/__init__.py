@@ -11,13 +11,16 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.endpoint import Flow, IPAddress
 from ..core.errors import ProtocolError, Refused, UsageError
 from ..kernel import routing
 from ..kernel.rules import HostRules
 from ..kernel.tunnel import Tunnel
+
+if TYPE_CHECKING:
+    from .address import Reach
 
 _HOOK = "hook:"
 
@@ -26,7 +29,8 @@ _HOOK = "hook:"
 class Plan:
     """What the journal remembers, so that a pass in doubt can be settled. `reason`: why the strategy was chosen; `via`:
     the destination's address for packets; `nexthop`: that address where it is on a link of this host, else the other
-    end of a tunnel there, and then `source` is this host's address on the way; `command`: of a hook, its words."""
+    end of a tunnel there, and then `source` is this host's address on the way; `command`: of a hook, its words;
+    `leave_behind`: the address moves whatever of this host uses it."""
 
     strategy: str
     reason: str
@@ -35,6 +39,7 @@ class Plan:
     via: str = ""
     command: tuple[str, ...] = ()
     source: str = ""
+    leave_behind: bool = False
 
     @property
     def tunnel(self) -> Tunnel | None:
@@ -43,24 +48,33 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"strategy": self.strategy, "reason": self.reason, "interface": self.interface,
                 "nexthop": str(self.nexthop) if self.nexthop else None, "via": self.via, "command": list(self.command),
-                "source": self.source}
+                "source": self.source, "leave_behind": self.leave_behind}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
         try:
             nexthop = ipaddress.ip_address(value["nexthop"]) if value["nexthop"] else None
             return cls(str(value["strategy"]), str(value["reason"]), nexthop, int(value["interface"]),
-                       str(value["via"]), tuple(map(str, value["command"])), str(value["source"]))
+                       str(value["via"]), tuple(map(str, value["command"])), str(value["source"]),
+                       bool(value["leave_behind"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a redirect plan: {error}") from None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Of which pass a plan is: its id, and the destination host's own name."""
+    """Of which pass a plan is: its id, and the destination host's own name. `with_reach`: how to speak with that host,
+    where somebody can."""
 
     pass_id: str
     destination: str
+    with_reach: Reach | None = None
+
+    @property
+    def reach(self) -> Reach:
+        if self.with_reach is None:
+            raise Refused("the destination cannot be spoken with from here")
+        return self.with_reach
 
 
 class OriginRedirect:
@@ -93,20 +107,28 @@ class OriginRedirect:
 
 def check_name(wanted: str) -> None:
     """UsageError for what is no `--redirect` of any pass."""
-    if wanted not in ("auto", "none", "forward") and not wanted.startswith(_HOOK):
-        raise UsageError(f"--redirect {wanted[:80]!r} is not known", hint="one of auto, none, forward, hook:CMD")
+    if wanted not in ("auto", "none", "forward", "address") and not wanted.startswith(_HOOK):
+        raise UsageError(f"--redirect {wanted[:80]!r} is not known",
+                         hint="one of auto, none, forward, address, hook:CMD")
 
 
-def choose(wanted: str, flow: Flow, via: IPAddress, address_is_local: bool) -> Plan:
+def choose(wanted: str, flow: Flow, via: IPAddress, address_is_local: bool, leave_behind: bool = False) -> Plan:
     """`auto`: none where the destination has the address already, else forward to a next hop on the same link; a hook
-    is bridged by the one or the other. Refused says what stands in the way; nothing is touched. `via`: the address at
-    which the destination takes the packets."""
+    is bridged by the one or the other, and a move of the address by forward. Refused says what stands in the way;
+    nothing is touched. `via`: the address at which the destination takes the packets."""
     from . import hook
     check_name(wanted)
     if wanted.startswith(_HOOK):
         words = hook.words_of(wanted.removeprefix(_HOOK))
         bridge = choose("none" if address_is_local else "forward", flow, via, address_is_local)
         return replace(bridge, strategy="hook", reason=f"{words[0]}, bridged by {bridge.strategy}", command=words)
+    if wanted == "address":
+        if address_is_local:
+            return replace(choose("none", flow, via, address_is_local),
+                           reason=f"{flow.local.address} is an address of the destination already")
+        bridge = choose("forward", flow, via, address_is_local)
+        return replace(bridge, strategy="address", leave_behind=leave_behind,
+                       reason=f"{flow.local.address} moves there, bridged by forward")
     way = _way(flow, via)
     if wanted == "auto":
         wanted = "none" if address_is_local else "forward"
@@ -145,11 +167,13 @@ def _way(flow: Flow, via: IPAddress) -> _Way:
 
 def origin_half(plan: Plan, setting: Setting) -> OriginRedirect:
     """The strategy of a plan."""
+    from .address import AddressAtOrigin
     from .forward import ForwardAtOrigin
     from .hook import HookAtOrigin
     from .none import NoneAtOrigin
     halves: dict[str, Callable[[Plan, Setting], OriginRedirect]] = {
-        "none": NoneAtOrigin, "forward": ForwardAtOrigin, "hook": HookAtOrigin}
+        "none": NoneAtOrigin, "forward": ForwardAtOrigin, "address": AddressAtOrigin,
+        "hook": HookAtOrigin}
     if plan.strategy not in halves:
         raise ProtocolError(f"a plan to {plan.strategy!r}, which is no strategy")
     return halves[plan.strategy](plan, setting)

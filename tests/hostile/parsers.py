@@ -28,6 +28,7 @@ import zstandard
 from criu_tcpcp import application, apps, features, graft, journal, verify
 from criu_tcpcp.cli import cmd_show, console
 from criu_tcpcp.core import criu, datagramimage, datagramplan, imageset, messages, tcp, tls
+from criu_tcpcp.core.address import InterfaceAddress
 from criu_tcpcp.core.datagram import DatagramState
 from criu_tcpcp.core.endpoint import Endpoint, Flow, Protocol
 from criu_tcpcp.core.errors import LinkError, TcpcpError
@@ -56,6 +57,7 @@ from criu_tcpcp.executor import event_of
 from criu_tcpcp.graft.replacing import Place
 from criu_tcpcp.journal import Journal
 from criu_tcpcp.kernel import netlink, process, rawdatagram, rawpacket, sockopt, tap
+from criu_tcpcp.kernel.addresses import Held
 from criu_tcpcp.origin.extraction import parts_of
 from criu_tcpcp.pipeline import archive
 from criu_tcpcp.redirect import Plan
@@ -70,6 +72,8 @@ from .mutation import NUMBERS, bent_bytes, bent_some, bent_text, bent_value, cut
 
 ID = "0123456789abcdef"
 MODULUS = 1 << 32
+ADDRESS = {"address": "192.0.2.9", "prefix_length": 24, "broadcast": "192.0.2.255", "scope": 0, "label": ":vip",
+           "flags": 0x200, "metric": 7, "deprecated": False}
 OPTIONS = {"SO_SNDBUF": 87040, "SO_RCVBUF": 131072, "SO_RCVTIMEO": (1, 500000), "SO_SNDTIMEO": (0, 0),
            "SO_BINDTODEVICE": "", "SO_ATTACH_FILTER": "", "SO_LINGER": (1, 5), "SO_MARK": 7, "TCP_NODELAY": 1,
            "TCP_CONGESTION": "cubic"}
@@ -110,7 +114,8 @@ def _messages() -> list[messages.Message]:
             messages.Committed(ID), messages.Active(ID, ["left"], ["note"], [["restore", 0.5]]),
             messages.Abort(ID, "why"), messages.Aborted(ID, "why"), messages.Query(ID),
             messages.Activate(ID, 5, *parts), messages.Lost(ID, "why"), messages.Settled(ID), messages.Ask(ID, flow),
-            messages.Standing(ID, True), messages.Imminent(ID), messages.Try("nfqueue"),
+            messages.Standing(ID, True), messages.Imminent(ID), messages.Adopt(ID, ADDRESS, "02:00:00:00:00:01", True),
+            messages.Adopted(ID, "left"), messages.Try("nfqueue"),
             messages.Tried([{"name": "x", "meaning": "y", "required": True, "problem": None}])]
 
 
@@ -161,6 +166,10 @@ def _use(message: messages.Message) -> None:
             event_of(message, ID)
             json.dumps([(str(name), float(ms)) for name, ms in message.steps], allow_nan=False)
             "".join(message.left + message.notes).encode()
+        case messages.Adopt():
+            found = InterfaceAddress.from_json(message.address)
+            assert InterfaceAddress.from_json(found.to_json()) == found
+            assert found.address in found.network
         case messages.Tried():
             for one in message.features:
                 features._feature(one)
@@ -404,7 +413,8 @@ def _records() -> list[dict[str, Any]]:
          "taker": [42, 99], "has_prologue": False},
         {"record": "images", "place": "/d", "connection": "a <-> b", "flow_json": flow},
         {"record": "taken", "taker": [42, 99], "inode": 5, "cookie": 6, "descriptor": 7, "injected": False,
-         "place": place}, {"record": "thrown", "thrown": flow, "sequence": 5, "fences": True}]
+         "place": place}, {"record": "thrown", "thrown": flow, "sequence": 5, "fences": True},
+        {"record": "address", "phase": "leaving", "held": {"what": ADDRESS, "interface": 2, "name": "eth0"}}]
     return [{**one, "boot": "this"} for one in records]
 
 
@@ -429,6 +439,9 @@ def _read_log(log: bytes) -> None:
             process.Identity(one["pid"], one["start_time"])
             one["host"].encode(errors="replace")
             assert one["descriptors"][0] is not None
+        elif one["record"] == "address":
+            assert one["phase"] is not None
+            Held.from_json(one["held"])
         elif one["record"] in ("staged", "taken"):
             assert process.Identity(*one["taker"]).pid is not None
             if one.get("place"):
