@@ -13,9 +13,10 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
+from closing import until_closed
 from criu_tcpcp import inventory, verify
 from criu_tcpcp.core import tcp
 from criu_tcpcp.core.endpoint import Flow
@@ -24,7 +25,7 @@ from criu_tcpcp.core.restoreplan import InjectSegment, activation_steps, clock_s
 from criu_tcpcp.core.state import ConnectionState
 from criu_tcpcp.core.tcp import TcpState
 from criu_tcpcp.kernel import repair, sockopt, tcpinfo
-from criu_tcpcp.kernel.rawpacket import FIN, Injector
+from criu_tcpcp.kernel.rawpacket import Injector
 from criu_tcpcp.kernel.rules import MARK, Silence
 from criu_tcpcp.kernel.timestamps import pay_acknowledgement
 from criu_tcpcp.verify import builder
@@ -356,23 +357,6 @@ class Play:
         for part in (self.moving, self.peer, self.recorder, self.injector, self.silence):
             part.close()
         self.wall.fall()
-
-
-def until_closed(capture: verify.Capture, flow: Flow) -> verify.Capture:
-    """As long as either end has something to hear. What a timer repeats at the last moment is answered once more then,
-    to an end that is no more, which says so by RST, as any stack does (RFC 9293 3.10.7.1)."""
-    fins: dict[bool, int] = {}
-    acknowledged = {True: False, False: False}
-    for number, packet in enumerate(capture.packets):
-        ours = packet.src == flow.local
-        if packet.flags & FIN:
-            fins[ours] = tcp.add(packet.seq, packet.payload_len + 1)
-        if (not ours) not in fins:
-            continue
-        acknowledged[not ours] |= tcp.distance(packet.ack, fins[not ours]) >= 0
-        if all(acknowledged.values()):
-            return replace(capture, packets=capture.packets[:number + 1])
-    return capture
 
 
 def closed(sock: socket.socket) -> bool:
