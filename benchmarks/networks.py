@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from criu_tcpcp.core.endpoint import Flow
 from criu_tcpcp.lab import Host, Lab
+from firewall import firewall
 from waiting import until
 from world import Peer, World
 
@@ -85,7 +86,18 @@ def routed(version: int) -> Iterator[Crowd]:
         yield Crowd(lab, "rr", version=version)
 
 
-NETWORKS: dict[str, Callable[[int], AbstractContextManager[Crowd]]] = {"on-link": on_link, "routed": routed}
+@contextmanager
+def firewalled(version: int) -> Iterator[Crowd]:
+    """Origin, destination and gateway let by what they have seen begin, and no more (nf_conntrack_tcp_loose 0)."""
+    with Lab() as lab:
+        here = Crowd(lab, "rr", version=version)
+        for host in (lab.gateway, lab.origin, lab.destination):
+            firewall(here, host, loose=0, serves=host is lab.origin)
+        yield here
+
+
+NETWORKS: dict[str, Callable[[int], AbstractContextManager[Crowd]]] = {
+    "on-link": on_link, "routed": routed, "firewall": firewalled}
 
 
 # -- strategies --------------------------------------------------------------------------------------------------------
