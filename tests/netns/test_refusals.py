@@ -161,6 +161,26 @@ def test_a_peer_whose_address_is_of_a_link(version: str) -> None:
             refused_as(sock, Refusal.LINK_LOCAL, "on its own link only")
 
 
+def test_a_connection_that_has_ended_with_data_left_to_read() -> None:
+    """Both ends are acknowledged: no peer waits for anything, and the kernel has no name for it any more, neither by
+    getpeername nor in its list. The program reads the rest where it is."""
+    sock, peer = pair()
+    with sock, peer:
+        peer.sendall(b"last words")
+        peer.close()
+        until(lambda: tcpinfo.read(sock).state is TcpState.CLOSE_WAIT, "the peer's end")
+        sock.shutdown(socket.SHUT_WR)
+        until(lambda: tcpinfo.read(sock).state is TcpState.CLOSE, "both ends")
+        with pytest.raises(OSError, match="not connected"):
+            sock.getpeername()
+        assert not [one for one in inventory.connections(os.getpid()) if sock.fileno() in one.descriptors]
+        with pytest.raises(Refused, match="is in state") as caught:
+            inventory.find(os.getpid(), sock.fileno())
+        assert caught.value.refusal == Refusal.STATE
+        assert sock.recv(100) == b"last words"
+        assert sock.recv(1) == b""
+
+
 #: A classic filter program: pidfd_getfd (438 on every architecture) fails with EPERM, all else is allowed.
 NO_GETFD = [(0x20, 0, 0, 0), (0x15, 0, 1, 438), (0x06, 0, 0, 0x50000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)]
 WITHOUT_GETFD = f"""if True:
