@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Container
 from typing import Any, ClassVar
 
-from . import endpoints, graft
+from . import carrying, endpoints, graft
 from . import outside as outsides
 from .core import messages
 from .core.endpoint import Flow
@@ -33,18 +33,21 @@ from .executor import GaveUp, event_of
 from .graft import in_place
 from .journal import LOST_MARK, Journal
 from .kernel import conntrack, netns, process, repair, routing, sockdiag, sockopt, tcpinfo
+from .kernel.channel import Channel
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
 from .kernel.rules import MARK, HostRules, host_rules
 from .kernel.tap import KnockListener
 from .merging import LASTS_S, Merging
 from .outside import Outside
-from .redirect import address, tunnelled
+from .redirect import CARRY, address, carry, tunnelled
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
 from .tracking import Tracked
 from .transport.wire import Wire
 
+#: What may be said until the state comes.
+_BESIDE = (messages.Imminent, messages.Dig, messages.Lay, messages.Listen, messages.Adopt)
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 _LONGEST_MS = 1 << 31  # of the TSval clock: what is later is earlier (RFC 7323 5.3)
 _PREPARED_TIMEOUT_S = 10.0
@@ -68,6 +71,9 @@ class Destination:
         self.nonce = secrets.token_hex(16)
         self.address_is_local = False
         self.takes_at = ""  # where packets for it go, if not to the host that SSH reached
+        self.no_route = ""  # of its own to the peer: why not
+        self.channel: Channel | None = None  # of packets that travel over the link
+        self._may_be_carried = False
         self.left: list[str] = []
         self.notes: list[str] = []
         self.steps: list[tuple[str, float]] = []
@@ -111,6 +117,7 @@ class Destination:
         flow = Flow.from_json(stage.flow) if outside is None else outside.inner
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
                    stage.prologue if stage.has_prologue else None, entry, stage.needs, outside)
+        side._may_be_carried = stage.redirect in ("auto", CARRY)
         # Until the state comes, the origin may wait for a quiet instant, or for its application.
         side._ready_s = min(max(0, stage.idle_ms) / 1000 + _PREPARED_TIMEOUT_S, _LONGEST_WAIT_S)
         side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
@@ -136,8 +143,9 @@ class Destination:
         try:
             routing.way_to(flow.peer.address)
         except KernelError as error:
-            raise Refused(f"the destination has no route to the peer {flow.peer.address}: {error.message}",
-                          refusal=Refusal.NO_ROUTE) from None
+            self.no_route = f"the destination has no route to the peer {flow.peer.address}: {error.message}"
+            if not self._may_be_carried:
+                raise Refused(self.no_route, refusal=Refusal.NO_ROUTE) from None
         self.address_is_local = routing.is_local(flow.local.address)
         used = sockdiag.state_of(flow)
         if used is not None:
@@ -255,11 +263,10 @@ class Destination:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             message = self._wire.receive(timeout_s)
-            while isinstance(message, (messages.Imminent, messages.Dig, messages.Listen, messages.Adopt)) \
-                    and self._machine_state is DestinationState.READY:
+            while isinstance(message, _BESIDE) and self._machine_state is DestinationState.READY:
                 match message:
-                    case messages.Dig():
-                        self._dig(message)
+                    case messages.Dig() | messages.Lay():
+                        self._make_way(message)
                     case messages.Listen():
                         self._listen(message)
                     case messages.Adopt():
@@ -279,13 +286,21 @@ class Destination:
             warm_up(self._rehearsed, self.flow.protocol)
             self._rehearsed = None
 
-    def _dig(self, message: messages.Dig) -> None:
+    def _make_way(self, message: messages.Dig | messages.Lay) -> None:
         """The origin undoes the pass where that is refused."""
         try:
             if self._entry is not None:
                 raise Refused("this door takes packets by a common link only, and by no tunnel")
-            with self._where_packets_come():
-                tunnelled.dig(tunnelled.between(message.here, message.there), self.journal, self._comes_as)
+            if isinstance(message, messages.Dig):
+                with self._where_packets_come():
+                    tunnelled.dig(tunnelled.between(message.here, message.there), self.journal, self._comes_as)
+            elif self._outside is not None:
+                raise Refused("packets that travel over SSH are not led on into a container behind its host")
+            else:
+                carrying.clear(self.journal, self.flow, message.boot_id, message.network)
+                self.channel = carry.lay_at_destination(self.journal, self.flow, message.mtu, message.boot_id,
+                                                        message.network)
+                carrying.want(self.journal)
         except TcpcpError as error:
             self._wire.send(messages.Refused(message.pass_id, error.message, error.hint))
         else:
@@ -571,11 +586,18 @@ class Destination:
             state.fit({name: value for name, value in own.items() if name not in _FORCED},
                       left.sock.family == socket.AF_INET6)
 
+    def take_channel(self) -> Channel | None:
+        """Of a connection that is alive here: the caller's to close."""
+        taken = None
+        if self._machine_state is DestinationState.ACTIVE:
+            taken, self.channel = self.channel, None
+        return taken
+
     def close(self) -> None:
         if self._merging is not None and self._merging.is_on:  # the origin's next word says it, or the end of the link
             self._wire.wait(LASTS_S)
         for part in (self._sock, self._graft, self._merging, self._tracked, self._tracked_outside, self._injector,
-                     self._rules, self._ways, self._outside):
+                     self._rules, self._ways, self._outside, self.channel):
             if part is not None:
                 part.close()
 

@@ -45,7 +45,7 @@ class ImageWriter:
         self.journal = journal
         self.flow = flow
         self.nonce = secrets.token_hex(16)
-        self.address_is_local, self.takes_at = True, ""  # nothing is to be sent on
+        self.address_is_local, self.takes_at, self.no_route = True, "", ""  # nothing is to be sent on
         self.left: list[str] = []
         self.steps: list[tuple[str, float]] = []
         self.into, self.knows = f"images {place}", True

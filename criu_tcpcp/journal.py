@@ -41,6 +41,7 @@ TOLD = "told"  # record of an origin, beside the stages: the destination knows t
 ANNOUNCED = "announced"  # record of an origin, beside the stages: the network was told that the pass begins
 TUNNEL = "tunnel"  # record of either side, beside the stages: the pass's packets take this one
 ADDRESS = "address"  # record of either side, beside the stages: how far the local address has moved
+LAID = "laid"  # record of a destination, beside the stages: its packets travel over the link
 LOST_MARK = "lost"  # of the destination: what lived there has ended there
 #: The last record of an origin's journal while the pass's end is not known.
 UNSETTLED = ("offered", "let go", "committed")
@@ -153,13 +154,14 @@ def _is_identity(value: Any) -> bool:
 #: What holds for the fields that others rely upon, whatever the record.
 _FORMS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("record", "boot", "host", "destination_boot", "into", "way", "origin_sees", "key", "rule",
-                     "tunnel", "phase"),
+                     "tunnel", "phase", "origin_boot"),
                     _is(str)),
     **dict.fromkeys(("pid", "start_time", "cookie", "inode", "extracted_at_ms", "offered_at_ms", "sequence",
-                     "descriptor"), _is(int)),
+                     "descriptor", "mtu"), _is(int)),
     **dict.fromkeys(("divert", "keeps_fence", "tracked", "has_prologue", "fences", "injected"), _is(bool)),
     **dict.fromkeys(("flow", "flow_json", "thrown", "plan", "target", "held"), _is(dict)),
-    "descriptors": _are_numbers, "taker": _is_identity, "network": _is_identity, "doubt_limit_s": _is(int, float),
+    "descriptors": _are_numbers, "taker": _is_identity, "network": _is_identity, "origin_network": _is_identity,
+    "doubt_limit_s": _is(int, float),
     "place": _is(str, dict, type(None)), "outside": _is(dict, type(None))}
 
 
@@ -228,7 +230,7 @@ class Journal:
 
     def last(self) -> str:
         """The name of the last record that tells the pass's stage, or ''."""
-        beside = ("note", TOLD, ANNOUNCED, TUNNEL, ADDRESS)
+        beside = ("note", TOLD, ANNOUNCED, TUNNEL, ADDRESS, LAID)
         return next((one["record"] for one in reversed(self.records()) if one["record"] not in beside), "")
 
     def field(self, record: str) -> Record | None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from . import carrier, carrying
 from .core import handoff
 from .core.errors import ExitCode, Owner, TcpcpError
 from .core.handoff import ORIGIN_FINAL, OWNER, Action, Event, OriginState
@@ -100,12 +101,23 @@ def run(control: socket.socket, journal: Journal, connection: Connection, target
                     executor.run(Event.START)
         except TcpcpError as error:  # before the machine ran: nothing was touched
             executor.failure = executor.failure or error
+        carry_on(origin, executor)
         report = make_report(origin, executor)
         finish_journal(journal, executor)
         return report
     finally:
         with netns.enter(origin.program.namespace):
             origin.close()
+
+
+def carry_on(origin: Origin, executor: Executor[OriginState]) -> None:
+    """Where the packets of a pass that is done travel over its link, leave that to a process of its own."""
+    if executor.machine.state is OriginState.DONE and carrying.is_wanted(origin.journal):
+        try:
+            with netns.enter(origin.program.namespace):
+                carrier.begin(origin.journal, origin.flow, origin.there, origin.end_of_way)
+        except TcpcpError as error:
+            executor.left.append(f"carry: {error}")
 
 
 def finish_journal(journal: Journal, executor: Executor[OriginState]) -> None:

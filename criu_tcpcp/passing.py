@@ -169,7 +169,7 @@ def _after_keeper(record: Journal, connection: Connection, progress: Progress | 
             progress(f"{why}; settling the pass")
         return settle.resolve(record.pass_id)
     if record.last() in ("done", "lost"):
-        return settle.settled_report(record)
+        return settle.resolve(record.pass_id)
     if record.exists():
         with contextlib.suppress(TcpcpError):
             settle.tell_network(record)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import namespaces, outside
+from . import carrying, namespaces, outside
 from ._version import __version__
 from .core import handoff, messages
 from .core.criu import messages as load_criu_messages
@@ -36,14 +36,16 @@ from .door import Denied, Door, Entry
 from .executor import Executor, without_garbage_collection
 from .imagewriter import ImageWriter, holds_dump
 from .journal import DESTINATION, Journal, prepare_run_directory
-from .kernel import netns, process, syscalls
-from .redirect import address
+from .kernel import netns, process, sockdiag, syscalls
+from .kernel.channel import Channel
+from .redirect import address, carry
 from .settle import stands_here, sweep_host
 from .transport.wire import Wire
 
 _LOCK_TIMEOUT_S = 12.0
 _IDLE_TIMEOUT_S = 10.0
 _MORE_ANNOUNCEMENTS, _BETWEEN_ANNOUNCEMENTS_S = 2, 1.0
+_LAST_WORDS_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def serve(images: Images | None = None, door: Door | None = None) -> None:
     wire.send(messages.Hello(messages.PROTOCOL, __version__, socket.gethostname(), syscalls.boot_id(), network))
     sweep_host()
     adopted: set[str] = set()
+    channels: dict[str, Channel] = {}  # of passes whose packets are to travel over this link, by their ids
     while True:
         try:
             message = wire.receive(_IDLE_TIMEOUT_S)
@@ -89,15 +92,21 @@ def serve(images: Images | None = None, door: Door | None = None) -> None:
         if isinstance(message, messages.Adopt) and message.now:
             adopted.add(message.pass_id)
         try:
-            _do(message, wire, images, door)
+            if isinstance(message, messages.Carry) and door is None:
+                _carry(message, wire, channels.pop(message.pass_id, None))
+                return
+            _do(message, wire, images, door, channels)
         except Denied as denied:
             wire.send(messages.Refused(getattr(message, "pass_id", ""), denied.message, denied.hint))
 
 
-def _do(message: messages.Message, wire: Wire, images: Images | None, door: Door | None) -> None:
+def _do(message: messages.Message, wire: Wire, images: Images | None, door: Door | None,
+        channels: dict[str, Channel]) -> None:
     match message:
         case messages.Stage():
-            _pass(message, wire, images, door)
+            channel = _pass(message, wire, images, door)
+            if channel is not None:
+                channels[message.pass_id] = channel
         case messages.Query():
             _answer(message, wire, images, door)
         case messages.Settled():
@@ -135,7 +144,43 @@ def _try(message: messages.Try, wire: Wire) -> None:
     wire.send(messages.Tried([one.to_json() for one in found]))
 
 
-def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door | None) -> None:
+def _carry(message: messages.Carry, wire: Wire, channel: Channel | None) -> None:
+    """The packets of a pass travel over this link from now on, and nothing else does. `channel`: if this process has
+    made it; another may have had it, and is ended."""
+    journal = Journal(message.pass_id, DESTINATION)
+    staged = journal.field("staged")
+    with namespaces.of_side(journal):
+        flow = Flow.from_json(staged["flow"]) if staged is not None else None
+        if flow is None or journal.verdict() != "committed" or not stands_here(journal, flow):
+            carrying.over(journal)
+            wire.send(messages.Ended())
+            return
+        try:
+            carrying.end(journal)
+            claimed = carrying.claim(journal)
+            channel = channel or carry.open_again(journal, flow)
+        except TcpcpError as error:
+            wire.send(messages.Refused(message.pass_id, error.message, error.hint))
+            return
+        carried_by = process.carrier()
+        if carried_by is not None:
+            process.send_at_once(carried_by)
+        wire.send(messages.Carrying(message.pass_id))
+        with contextlib.closing(channel), carrying.carrying(journal, claimed), \
+                contextlib.closing(carrying.bell(journal)) as bell:
+            for pid in {None, carried_by}:
+                syscalls.go_ahead(pid)
+            carrying.Carrier(wire, channel, flow, None, lambda quiet_s: _has_ended(journal, flow, quiet_s), bell).run()
+
+
+def _has_ended(journal: Journal, flow: Flow, quiet_s: float) -> bool:
+    """In TIME-WAIT it may still have to answer a FIN that comes again."""
+    if stands_here(journal, flow):
+        return False
+    return sockdiag.state_of(flow) is None or quiet_s > _LAST_WORDS_S
+
+
+def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door | None) -> Channel | None:
     side: Destination | ImageWriter
     entry: Entry | None = None
     with contextlib.ExitStack() as held:
@@ -163,11 +208,11 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
             if entry is not None:
                 entry.tell_refused(error)
             wire.send(messages.Refused(stage.pass_id, error.message, error.hint, error.refusal))
-            return
+            return None
         held.enter_context(contextlib.closing(side))
         held.enter_context(without_garbage_collection())
         wire.send(messages.Staged(stage.pass_id, side.nonce, side.address_is_local, side.into, side.knows,
-                                  side.takes_at))
+                                  side.takes_at, side.no_route))
         carrier = process.carrier()
         chain = [None] if carrier is None else [None, carrier]  # a message is as slow as the slowest that hands it on
         for pid in chain:
@@ -175,8 +220,11 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
         try:
             _run(side, entry)
         finally:
-            for pid in chain:
-                syscalls.go_along(pid)
+            channel = side.take_channel() if isinstance(side, Destination) else None
+            if channel is None:  # else packets wait for what comes now
+                for pid in chain:
+                    syscalls.go_along(pid)
+        return channel
 
 
 def _refuse_nonsense(stage: messages.Stage) -> None:

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import graft, namespaces, outside, redirect
+from . import carrier, carrying, graft, namespaces, outside, redirect
 from . import journal as journals
 from .core import handoff
 from .core.endpoint import Flow, Protocol
@@ -27,10 +27,10 @@ from .greeting import greet
 from .imagewriter import take_away_remnant
 from .inventory import Connection
 from .journal import Journal, structure_lock
-from .keeper import finish_journal, make_report
+from .keeper import carry_on, finish_journal, make_report
 from .kernel import conntrack, netns, process, routing, sockdiag, syscalls
 from .kernel.rules import HostRules, host_rules
-from .origin import STATE_FILE, Origin
+from .origin import STATE_FILE, Counterpart, Origin
 from .redirect import address, tunnelled
 from .redirect.address import Reach
 from .redirect.forward import DivertAtDestination
@@ -47,7 +47,8 @@ _UNKNOWN_END = "its end is not known"
 @dataclass(frozen=True)
 class KnownPass:
     """One side of a pass, as this host's journal and kernel know it. `state`: in doubt | done | active | ...;
-    `rules`: the sets of this host's table in which the connection stands."""
+    `rules`: the sets of this host's table in which the connection stands. `carrier`: the process that carries its
+    packets, where one should; 0 where none does."""
 
     id: str
     side: str
@@ -56,10 +57,12 @@ class KnownPass:
     other_host: str
     rules: tuple[str, ...]
     working: bool
+    carrier: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "side": self.side, "state": self.state, "connection": self.connection,
-                "other_host": self.other_host, "rules": list(self.rules), "working": self.working}
+                "other_host": self.other_host, "rules": list(self.rules), "working": self.working,
+                "carrier": self.carrier}
 
 
 def passes() -> list[KnownPass]:
@@ -77,7 +80,8 @@ def _known(journal: Journal) -> KnownPass:
     with journal.locked(wait=False) as mine:
         working = not mine
     return KnownPass(journal.pass_id, journal.side, _state(journal, working), str(flow or first.get("connection", "?")),
-                     str(first.get("host", "")), tuple(_rules_of(journal, flow)), working)
+                     str(first.get("host", "")), tuple(_rules_of(journal, flow)), working,
+                     carrying.carrier_of(journal) if carrying.is_wanted(journal) else None)
 
 
 def _state(journal: Journal, working: bool) -> str:
@@ -112,7 +116,12 @@ def _rules_of(journal: Journal, flow: Flow | None) -> list[str]:
 def unsettled() -> list[Journal]:
     """Passes of this origin whose end is not known, and that no process works on."""
     return [journal for journal in journals.all_journals() if journal.side == journals.ORIGIN
-            and (_known(journal).state in ("in doubt", "unconfirmed") or _is_untold(journal))]
+            and (_known(journal).state in ("in doubt", "unconfirmed") or _is_untold(journal) or _is_cut_off(journal))]
+
+
+def _is_cut_off(journal: Journal) -> bool:
+    """The packets of its connection should be carried over a link, and nobody does it."""
+    return journal.last() == "done" and carrying.is_wanted(journal) and not carrying.carrier_of(journal)
 
 
 def _is_untold(journal: Journal) -> bool:
@@ -144,7 +153,8 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
             raise InDoubt(f"another process is settling pass {pass_id} at this moment", hint="criu-tcpcp passes")
         if journal.last() not in journals.UNSETTLED:
             journal.forget(STATE_FILE)  # its process may have ended before it did
-            return _told_report(journal) if _is_untold(journal) else settled_report(journal)
+            report = _told_report(journal) if _is_untold(journal) else settled_report(journal)
+            return _carried_on(journal, report) if _is_cut_off(journal) else report
         if journal.field("offered")["boot"] != syscalls.boot_id():  # type: ignore[index]
             journal.write("lost")
             return settled_report(journal)
@@ -163,6 +173,7 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
         try:
             with netns.enter(origin.program.namespace):
                 executor.run(event)
+            carry_on(origin, executor)
             report = make_report(origin, executor)
             finish_journal(journal, executor)
             return report
@@ -217,6 +228,21 @@ def _finish_address(journal: Journal, wire: Wire) -> None:
 
     with namespaces.of_side(journal):
         address.finish(Reach("resolve", journal, ask))
+def _carried_on(journal: Journal, report: Report) -> Report:
+    """Begin again to carry its packets."""
+    intent = journal.field("intent")
+    try:
+        if intent is None:
+            raise Refused("the journal does not say whereto")
+        with contextlib.closing(Counterpart(target_from_json(intent["target"]))) as there, \
+                namespaces.of_side(journal):
+            there.connect()
+            carrier.begin(journal, Flow.from_json(intent["flow"]), there)
+    except TcpcpError as error:
+        problem = f"the connection's packets are not carried: {error.message}"
+        return replace(report, exit=ExitCode.UNCLEAN, left=(*report.left, problem), error=report.error or problem,
+                       hint=f"criu-tcpcp resolve {journal.pass_id}")
+    return report
 
 
 def settled_report(journal: Journal) -> Report:
@@ -394,6 +420,7 @@ def stands_here(journal: Journal, flow: Flow) -> bool:
 def _remove(journal: Journal) -> None:
     """The record; and with the last one that tells of the connection its rules, unless it is alive here. A serve that
     was killed before its decision may have left a connection to a program, which is none."""
+    carrying.end(journal)
     if journal.side == journals.DESTINATION and journal.verdict() != "committed":
         _undo_staged(journal)
         return

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="who takes the connection there: auto, receiver[:PATH], accept:PID, listen:PORT or "
                              "pid:PID[:FD] (default: %(default)s)")
     parser.add_argument("--redirect", default="auto", metavar="WAY",
-                        help="how later packets get there: auto, none, forward, address or hook:CMD (default: "
+                        help="how later packets get there: auto, none, forward, carry, address or hook:CMD (default: "
                              "%(default)s)")
     parser.add_argument("--leave-behind", action="store_true",
                         help="let the address move (--redirect address) though other sockets of this host use it, "

@@ -23,8 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
         for one in known:
             console.result_json(one.to_json())
         return int(ExitCode.OK)
-    rows = [["ID", "Side", "State", "Connection", "Other host", "Rules"]]
-    rows += [[one.id, one.side, one.state, one.connection, one.other_host or "-", ",".join(one.rules) or "-"]
+    rows = [["ID", "Side", "State", "Connection", "Other host", "Rules", "Carrier"]]
+    rows += [[one.id, one.side, one.state, one.connection, one.other_host or "-", ",".join(one.rules) or "-",
+              "-" if one.carrier is None else str(one.carrier or "none")]
              for one in known]
     console.table(rows)
     return int(ExitCode.OK)

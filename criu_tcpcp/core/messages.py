@@ -10,6 +10,7 @@ The conversation, origin (O) and destination (D):
     O->D  Hello      D->O  Hello                         versions; both are named when they differ
     O->D  Stage      D->O  Staged | Refused              everything slow, nothing stopped yet
     O->D  Dig                       D->O  Dug | Refused          a tunnel for the packets, where one is needed
+    O->D  Lay                       D->O  Dug | Refused          or the link itself for the packets
     O->D  Imminent, then Prepare    D->O  Prepared | Aborted     the state; a dormant connection
     O->D  Commit     D->O  Committed, then Active        the commit point lies between Commit and Committed
     O->D  Adopt      D->O  Adopted | Refused             the local address moves: asked beforehand, done behind Active
@@ -18,6 +19,8 @@ The conversation, origin (O) and destination (D):
                                                          after a failure: a Query of what was not committed aborts it
     O->D  Activate   D->O  Active | Lost                 the state again, where the activation was interrupted
     O->D  Settled                                        never asked about again
+    O->D  Carry      D->O  Carrying | Ended | Refused    from Carrying on, both ways: Packets,
+                                                         Flush -> Flushed, until Ended
     O->D  Try        D->O  Tried | Refused               can that host take connections? (check --host)
 """
 
@@ -88,7 +91,8 @@ class Stage(Message):
 class Staged(Message):
     """`nonce` must come back with Prepare: an old state cannot be played again. `address_is_local`: the destination has
     the flow's local address itself. `into`: what was found, for the report. `knows`: the program there takes part in
-    passes; else it is an unmodified one. `takes_at`: where packets for it go, if not to the host that SSH reached."""
+    passes; else it is an unmodified one. `takes_at`: where packets for it go, if not to the host that SSH reached.
+    `no_route`: why that host cannot reach the peer by itself."""
 
     kind = 3
     pass_id: str
@@ -97,6 +101,7 @@ class Staged(Message):
     into: str
     knows: bool
     takes_at: str = ""
+    no_route: str = ""
 
 
 @dataclass(frozen=True)
@@ -290,6 +295,63 @@ class Adopted(Message):
 
 
 @dataclass(frozen=True)
+class Lay(Message):
+    """Make your end of a channel: the packets of this pass travel over this link. `mtu`: of the way from me to the
+    peer, bytes. `boot_id`, `network`: as of Hello, for the way back."""
+
+    kind = 30
+    pass_id: str
+    mtu: int
+    boot_id: str
+    network: list[int]
+
+
+@dataclass(frozen=True)
+class Carry(Message):
+    """The pass is over: begin, or begin again."""
+
+    kind = 31
+    pass_id: str
+
+
+@dataclass(frozen=True)
+class Carrying(Message):
+    """What follows, in both directions, is Packets."""
+
+    kind = 32
+    pass_id: str
+
+
+@dataclass(frozen=True)
+class Packets(Message):
+    """Whole IP packets of the connection, one behind the other; none is a sign of life."""
+
+    kind = 33
+    packets: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Ended(Message):
+    """The connection has ended, or is not here any more, and nothing is left to be carried."""
+
+    kind = 34
+
+
+@dataclass(frozen=True)
+class Flush(Message):
+    """Say the same number back once all that came before this is on its way."""
+
+    kind = 35
+    number: int
+
+
+@dataclass(frozen=True)
+class Flushed(Message):
+    kind = 36
+    number: int
+
+
+@dataclass(frozen=True)
 class Try(Message):
     """Try what a pass needs, at the other host. `feature`: only this one, or '' for all."""
 
@@ -309,7 +371,7 @@ _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
                     Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent, Dig, Dug, Listen,
-                    Heard, Adopt, Adopted)}
+                    Heard, Adopt, Adopted, Lay, Carry, Carrying, Packets, Ended, Flush, Flushed)}
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

@@ -180,6 +180,22 @@ def carrier() -> int | None:
     return None
 
 
+def send_at_once(pid: int) -> None:
+    """What that process sends by its TCP connections does not wait until what it sent before is acknowledged
+    (TCP_NODELAY). For an sshd without a terminal, which lets it wait (OpenSSH, ssh_packet_set_interactive), and a
+    client that has nothing to send back: 40 ms and more. Where that is not allowed, it stays as it is."""
+    with contextlib.suppress(KernelError, Refused, OSError):
+        pidfd = pidfd_open(pid)
+        try:
+            for number, what in descriptors(pid).items():
+                if what.startswith("socket:"):
+                    with borrow_socket(pidfd, number) as sock:
+                        if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+                            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        finally:
+            os.close(pidfd)
+
+
 def name(pid: int) -> str:
     """The process's own name for itself, made printable."""
     try:

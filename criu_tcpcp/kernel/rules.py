@@ -8,13 +8,16 @@
         silent       output -300       what this host sends for these connections is dropped
     table criu_tcpcp_deaf_PID_N `flags owner`, in front of a NAT
         deaf         prerouting -302   what knocks for these connections, to try their way, goes no further
+    table criu_tcpcp_carry_PID_N `flags owner`: gone with the process that carries packets (carrying.py)
+        carried      output -299   what it sends, and the fence has not let by, is dropped
     table criu_tcpcp            stands until its last connection is released (criu_tcpcp_udp: those of UDP)
         tunnelled    prerouting -310   of what comes out of our tunnels (tunnel.py), only these connections go on, and
                                        of UDP those in a set beside it
         moved_*      prerouting -299   go to the next hop in the set's name, and no further
         sent_on      output -300       where conntrack is at work: it sees what `moved` sends, which else is untracked,
                                        and of which a firewall knows nothing
-        fenced       prerouting -298   dropped, and dropped in output: this host does not speak for these connections
+        fenced       prerouting -298   dropped, and dropped in output: this host does not speak for these connections;
+                                        but what it sends in the name of the host that does (`CARRIED`) is let by
         diverted     prerouting -150   are for this host though their address is not: marked, so that a routing rule
                                        (routing.py) takes them to a local socket
 
@@ -47,6 +50,7 @@ from .syscalls import failing
 
 TABLE = "criu_tcpcp"
 MARK = 0x7CB0C001
+CARRIED = MARK + 1  # on what another host has made, and this one sends to the peer
 LIFETIME_S = 5 * 86400  # nf_conntrack_tcp_timeout_established
 CLOSING_S = 600
 
@@ -116,6 +120,30 @@ class Deafness:
         self._wire.close()
 
 
+class Gate:
+    """What this process sends with the mark `CARRIED` leaves only for connections that this host is fenced off from,
+    for as long as this object, or the process, lives. So what is still under way when a connection comes home is never
+    heard after its new owner."""
+
+    def __init__(self, ip_version: int) -> None:
+        self._wire = netlink.NetlinkSocket()
+        table = Table(self._wire, f"{TABLE}_carry_{os.getpid()}_{self._wire.fileno()}", ip_version)
+        try:
+            table.create(nftables.TABLE_OWNER)
+            table.install(Component(ip_version, ("carried",), (
+                Chain("carried", OUTPUT, -299, (nftables.mark_is(CARRIED) + nftables.drop(),)),)))
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """What has to stay open."""
+        return self._wire.fileno()
+
+    def close(self) -> None:
+        self._wire.close()
+
+
 class Hold:
     """Packets of the chosen connections wait, instead of reaching the socket; and nothing leaves for a connection that
     is silenced. Made before the freeze."""
@@ -170,15 +198,18 @@ class Hold:
         self._wire.close()
 
 
-def _output_drop(name: str, set_name: str, version: int, protocol: Protocol) -> Chain:
-    """What this host sends for the connections in the set is dropped, but for what the tool itself sends."""
+def _output_drop(name: str, set_name: str, version: int, protocol: Protocol, *more: bytes) -> Chain:
+    """What this host sends for the connections in the set is dropped, but for what the tool itself sends. `more`: rules
+    in front of that."""
     return Chain(name, OUTPUT, -300, (
-        nftables.mark_is(MARK) + nftables.accept(),
+        nftables.mark_is(MARK) + nftables.accept(), *more,
         nftables.load_flow(version, protocol, outgoing=True) + nftables.in_set(set_name) + nftables.drop()))
 
 
 def _silent_component(table: Table) -> Component:
-    return Component(table.version, ("silent",), (_output_drop("silent", "silent", table.version, table.protocol),))
+    """The fence decides about what is carried: a hold may last a little longer than the pass."""
+    return Component(table.version, ("silent",), (_output_drop("silent", "silent", table.version, table.protocol,
+                                                               nftables.mark_is(CARRIED) + nftables.accept()),))
 
 
 # The lasting components. Making one takes longer than adding an element to it: each is made once.
@@ -190,7 +221,10 @@ def _fence_component(version: int, protocol: Protocol) -> Component:
             nftables.mark_is(MARK) + nftables.accept(),
             nftables.load_flow(version, protocol) + nftables.in_set(_FENCED) + nftables.refresh(_FENCED, LIFETIME_S)
             + nftables.drop(), *_whole(version, protocol))),
-        _output_drop("fence_output", _FENCED, version, protocol)))
+        _output_drop("fence_output", _FENCED, version, protocol,
+                     nftables.mark_is(CARRIED) + nftables.load_flow(version, protocol, outgoing=True)
+                     + nftables.in_set(_FENCED) + nftables.refresh(_FENCED, LIFETIME_S) + nftables.set_mark(MARK)
+                     + nftables.accept())))
 
 
 def _moved_name(nexthop: IPAddress, interface: int) -> str:

@@ -29,6 +29,7 @@ _TCP_AO_INFO, _TCP_AO_INFO_BYTES = 40, 64  # linux/tcp.h, struct tcp_ao_info_opt
 
 _HEAD = struct.Struct("=8B24I")
 _DATA_SEGMENTS = struct.Struct("=48x2I")  # behind it: tcpi_data_segs_in, _out (Linux 4.6)
+_PATH_MTU = struct.Struct("=60xI")
 _OUT_OF_ORDER = struct.Struct("=224xI")  # tcpi_rcv_ooopack (Linux 5.4)
 
 
@@ -68,6 +69,12 @@ def read(sock: socket.socket) -> TcpInfo:
                    last_data_recv_ms=words[11], rtt_us=words[15], rttvar_us=words[16], snd_ssthresh=words[17],
                    snd_cwnd=words[18], total_retrans=words[23],
                    data_segments_in=segments_in, data_segments_out=segments_out)
+
+
+def path_mtu(sock: socket.socket) -> int:
+    """Bytes, as the connection knows it by now (tcpi_pmtu)."""
+    with failing("getsockopt(TCP_INFO)"):
+        return int(_PATH_MTU.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))[0])
 
 
 def learnt(sock: socket.socket) -> Congestion:

@@ -143,14 +143,6 @@ class Tunnel:
         return False
 
 
-def delete(name: str) -> None:
-    """Idempotent."""
-    with rtnetlink("delete a VXLAN device") as route:
-        for index in route.link_lookup(ifname=name):
-            with tolerating(errno.ENODEV):
-                route.link("del", index=index)
-
-
 def strict_source_checks() -> bool:
     """Every interface of this namespace drops what comes from where it would not send to (RFC 3704 strict), whatever
     the interface says itself: packets that are led here by a tunnel, too."""

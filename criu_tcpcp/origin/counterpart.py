@@ -69,6 +69,12 @@ class Counterpart:
         self.wire.send(message)
         return self.wire.receive(timeout_s)
 
+    @property
+    def link(self) -> Link:
+        if self._link is None:
+            raise LinkError("there is no link to the destination")
+        return self._link
+
     def disconnect(self) -> None:
         if self._link is not None:
             self._link.close()

@@ -29,9 +29,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .. import endpoints, namespaces, outside, redirect
+from .. import carrying, endpoints, namespaces, outside, redirect
 from ..core import tls
-from ..core.endpoint import Flow, IPAddress
+from ..core.endpoint import Flow, IPAddress, Protocol
 from ..core.errors import LinkError, ProtocolError, Refused, TcpcpError
 from ..core.handoff import Action, Event, OriginState
 from ..core.image import encode_inet_sk
@@ -55,16 +55,16 @@ from ..executor import GaveUp, event_of
 from ..holding import Holding
 from ..inventory import Connection
 from ..journal import ANNOUNCED, TOLD, Journal
-from ..kernel import netns, process, syscalls
+from ..kernel import netns, process, syscalls, tcpinfo
 from ..kernel.rules import HostRules, Silence
-from ..redirect import address, tunnelled
+from ..redirect import address, carry, tunnelled
 from ..redirect.address import Reach
 from ..redirect.forward import DivertAtDestination
 from ..transport.target import LocalTarget, Target, target_from_json
 from .counterpart import Counterpart
 from .extraction import Extraction, extraction_of, parts_of
 from .process import OriginProcess
-from .way import laid
+from .way import laid, laid_by_link
 
 STATE_FILE = "state"
 _ANSWER_TIMEOUT_S = 3.0
@@ -127,6 +127,8 @@ class Origin:
         self.touched = False
         self.program = OriginProcess(connection, identity, namespace, recovered=identity is not None)
         self.there = Counterpart(target)
+        self.end_of_way: carry.End | None = None  # of packets that travel over the link
+        self._came_by: Journal | None = None  # where packets are carried to this host, and from it
         self._connection = connection
         self._machine_state = OriginState.READY
         self._control: socket.socket | None = None
@@ -173,13 +175,8 @@ class Origin:
         self.staged = answer
         self._refuse_tls(endpoints.of(self.flow.protocol).first_unread(sock, _PEEK))
         with self._where_packets_are():
-            self.plan = redirect.choose(self.options.redirect, self.passed_as, self._via(), answer.address_is_local,
-                                        self.options.leave_behind)
-            if self._outside is not None and self.plan.strategy == "address":
-                raise Refused("the address of a container's host does not move with a connection of the container",
-                              hint="--redirect auto")
+            self.plan = self._way(answer)
             self._refuse_minimal_ttl(self.plan)
-            self.plan = laid(self.plan, self.passed_as, self.journal, wire, answer.address_is_local)
             self._redirect = redirect.origin_half(self.plan, self._setting())
             self._redirect.stage(self._need(self._ways), self.passed_as)
         self._announce()
@@ -192,6 +189,43 @@ class Origin:
     def _where_packets_are(self) -> contextlib.AbstractContextManager[None]:
         """The calling thread is in the network namespace in which they are held and sent on."""
         return self._outside.enter() if self._outside is not None else contextlib.nullcontext()
+
+    def _way(self, staged: Staged) -> redirect.Plan:
+        """By the link, where no other is possible, or that is asked for."""
+        wanted, hello = self.options.redirect, self.there.hello
+        if self._outside is None:
+            carrying.clear(self.journal, self.flow, syscalls.boot_id())
+            self._came_by = carrying.pass_to_here(self.flow)
+        if wanted in ("auto", "none") and staged.address_is_local and hello is not None:
+            way_home = carrying.way_home(self._came_by, hello.boot_id, hello.network) if self._came_by else None
+            if way_home is not None:
+                return carry.back_home(self.flow, *way_home)
+        if wanted == redirect.CARRY:
+            return self._lay("as asked")
+        try:
+            carry.refuse_without_route(staged.no_route)
+            plan = redirect.choose(wanted, self.passed_as, self._via(), staged.address_is_local,
+                                   self.options.leave_behind)
+            if self._outside is not None and plan.strategy == "address":
+                raise Refused("the address of a container's host does not move with a connection of the container",
+                              hint="--redirect auto")
+            return laid(plan, self.passed_as, self.journal, self.there.wire, staged.address_is_local)
+        except Refused as refused:
+            if wanted != "auto" or self.flow.protocol is not Protocol.TCP or self._outside is not None:
+                raise
+            try:
+                return self._lay(refused.message)
+            except Refused as other:
+                refused.add_note(other.message)
+                raise refused from other
+
+    def _lay(self, why: str) -> redirect.Plan:
+        """Both ends of a way over the link."""
+        if self._outside is not None:
+            raise Refused("packets of a container behind its host do not travel over SSH", hint="--redirect auto")
+        self.end_of_way, plan = laid_by_link(why, self.flow, self.journal, self.there.wire,
+                                             tcpinfo.path_mtu(self.program.need_socket()))
+        return plan
 
     def _setting(self) -> redirect.Setting:
         hello = self.there.hello
@@ -270,7 +304,7 @@ class Origin:
         """Refused where the program asks for a peer that is near: what this host sends on is one hop further away
         (net/ipv4/netfilter/nf_dup_ipv4.c), and a peer on the link (RFC 5082: 255) would not be heard again."""
         name = "IP_MINTTL" if self.flow.ip_version == 4 else "IPV6_MINHOPCOUNT"
-        sends_on = plan.strategy == "forward" or not self._need(self.staged).address_is_local
+        sends_on = plan.strategy in ("forward", redirect.CARRY) or not self._need(self.staged).address_is_local
         if sends_on and self.program.options.get(name):
             raise Refused(f"the program takes no packet that came from further away ({name}), and this host would send "
                           "them on", refusal=Refusal.MINIMAL_TTL,
@@ -294,9 +328,10 @@ class Origin:
         self._control = control
 
     def follow(self, state: OriginState) -> None:
-        """What the machine's state is: the time that may pass depends on it. What follows the switch has no hurry."""
+        """What the machine's state is: the time that may pass depends on it. What follows the switch has no hurry,
+        unless packets wait for what comes then."""
         self._machine_state = state
-        if state not in _URGENT:
+        if state not in _URGENT and self.end_of_way is None:
             syscalls.go_along()
 
     def failed(self, error: TcpcpError) -> None:
@@ -413,6 +448,9 @@ class Origin:
         self._need(self._rules).fence(self.flow)
 
     def _verify(self) -> None:
+        """What is still on its way over a link would be unheard after the new owner's first word."""
+        if self._came_by is not None:
+            carrying.flush(self._came_by, self.options.max_stall_ms / 2000)
         self._need(self._extraction).verify()
 
     def _write_offered(self) -> None:
@@ -556,7 +594,7 @@ class Origin:
     def close(self) -> None:
         """Let go of everything. A process that is still stopped runs again, unless the pass was offered: then it stays
         stopped (pinned), and the fence stands."""
-        for part in (self._extraction, self.holding, self.program, self.there):
+        for part in (self._extraction, self.holding, self.program, self.there, self.end_of_way):
             if part is not None:
                 part.close()
         if self._rules is not None:

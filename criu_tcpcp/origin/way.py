@@ -12,14 +12,16 @@ import errno
 import time
 from dataclasses import replace
 
+from .. import carrying
 from ..core.endpoint import Flow
 from ..core.errors import KernelError, LinkTimeout, ProtocolError, Refused
-from ..core.messages import Dig, Dug, Heard, Listen
+from ..core.messages import Dig, Dug, Heard, Lay, Listen
 from ..core.messages import Refused as RefusedMessage
 from ..journal import Journal
-from ..kernel import routing
+from ..kernel import netns, routing
 from ..kernel.rawpacket import Injector
-from ..redirect import Plan, tunnelled
+from ..kernel.syscalls import boot_id
+from ..redirect import Plan, carry, tunnelled
 from ..transport.wire import Wire
 
 _ANSWER_S = 20.0
@@ -39,6 +41,25 @@ def laid(plan: Plan, flow: Flow, journal: Journal, wire: Wire, comes_by_itself: 
             raise
         return replace(plan, nexthop=None, source="")
     return plan
+
+
+def laid_by_link(why: str, flow: Flow, journal: Journal, wire: Wire, learnt_mtu: int) -> tuple[carry.End, Plan]:
+    """This end of a way over the link itself, and the plan of it. `learnt_mtu`: of the way to the peer, by the
+    connection."""
+    end = carry.lay_at_origin(journal, flow)
+    try:
+        if journal.exists():  # not in a rehearsal
+            carrying.want(journal)
+        wire.send(Lay(journal.pass_id, carry.mtu_of_way(flow, learnt_mtu), boot_id(), list(netns.own())))
+        answer = wire.receive(_ANSWER_S)
+        if isinstance(answer, RefusedMessage):
+            raise Refused(answer.reason, hint=answer.hint)
+        if not isinstance(answer, Dug):
+            raise ProtocolError("the destination answered out of turn")
+    except BaseException:
+        end.close()
+        raise
+    return end, carry.plan(end.channel, flow, why)
 
 
 def _dug(plan: Plan, flow: Flow, journal: Journal, wire: Wire) -> Plan:

@@ -22,6 +22,7 @@ from ..kernel.tunnel import Tunnel
 if TYPE_CHECKING:
     from .address import Reach
 
+CARRY = "carry"
 _HOOK = "hook:"
 
 
@@ -107,15 +108,16 @@ class OriginRedirect:
 
 def check_name(wanted: str) -> None:
     """UsageError for what is no `--redirect` of any pass."""
-    if wanted not in ("auto", "none", "forward", "address") and not wanted.startswith(_HOOK):
+    if wanted not in ("auto", "none", "forward", CARRY, "address") and not wanted.startswith(_HOOK):
         raise UsageError(f"--redirect {wanted[:80]!r} is not known",
-                         hint="one of auto, none, forward, address, hook:CMD")
+                         hint="one of auto, none, forward, carry, address, hook:CMD")
 
 
 def choose(wanted: str, flow: Flow, via: IPAddress, address_is_local: bool, leave_behind: bool = False) -> Plan:
-    """`auto`: none where the destination has the address already, else forward to a next hop on the same link; a hook
-    is bridged by the one or the other, and a move of the address by forward. Refused says what stands in the way;
-    nothing is touched. `via`: the address at which the destination takes the packets."""
+    """`auto`: none where the destination has the address already, else forward to a next hop on the same link, or a
+    tunnel's other end; a hook is bridged by the one or the other, and a move of the address by forward. (`carry`, the
+    last that is tried, asks for nothing: redirect/carry.py.) Refused says what stands in the way; nothing is touched.
+    `via`: the address at which the destination takes the packets."""
     from . import hook
     check_name(wanted)
     if wanted.startswith(_HOOK):
@@ -172,7 +174,7 @@ def origin_half(plan: Plan, setting: Setting) -> OriginRedirect:
     from .hook import HookAtOrigin
     from .none import NoneAtOrigin
     halves: dict[str, Callable[[Plan, Setting], OriginRedirect]] = {
-        "none": NoneAtOrigin, "forward": ForwardAtOrigin, "address": AddressAtOrigin,
+        "none": NoneAtOrigin, "forward": ForwardAtOrigin, CARRY: ForwardAtOrigin, "address": AddressAtOrigin,
         "hook": HookAtOrigin}
     if plan.strategy not in halves:
         raise ProtocolError(f"a plan to {plan.strategy!r}, which is no strategy")

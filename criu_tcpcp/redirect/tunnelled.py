@@ -14,7 +14,7 @@ import ipaddress
 from ..core.endpoint import Flow, Protocol
 from ..core.errors import Refused
 from ..journal import TUNNEL, Journal, all_journals, structure_lock
-from ..kernel import routing, tunnel
+from ..kernel import channel, routing, tunnel
 from ..kernel.rules import host_rules, tunnels
 from ..kernel.tunnel import Tunnel
 
@@ -73,14 +73,15 @@ def try_out(one: Tunnel, flow: Flow) -> None:
 
 
 def sweep() -> None:
-    """Remove the tunnels that no pass needs, in the calling thread's network namespace. Idempotent."""
+    """Remove the tunnels, and the devices of `carry`, that no pass needs, in the calling thread's network namespace.
+    Idempotent."""
     if not tunnels():
         return
     with structure_lock():
         needed = {record["tunnel"] for journal in all_journals() for record in journal.records()
                   if record["record"] == TUNNEL}
         for name in set(tunnels()) - needed:
-            tunnel.delete(name)
+            channel.delete(name)
         for version in _IP_VERSIONS:
             with host_rules(version) as rules:
                 rules.sweep()

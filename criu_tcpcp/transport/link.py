@@ -15,7 +15,7 @@ EOF, EPIPE or ECONNRESET; the report "ended" is sent before that, so `failure()`
 
 Invariants:
 - The link process ends when the user's end of the socketpair closes, however that came about, SIGKILL included: it
-  holds no descriptor of the caller but stderr, and both ends are close-on-exec. What was written before the end is
+  holds no descriptor of the caller, and both ends are close-on-exec. What was written before the end is
   still delivered if the far command takes it within `DRAIN_S`; the far command is not killed, it sees EOF, as with ssh.
 - It never returns into the caller's frames, never prints a traceback, and hears no signal of the terminal.
 - Nothing here blocks without bound: `open_link` by the target's time-out, `close` by about a second, then SIGKILL.
@@ -132,6 +132,19 @@ class Link:
         self.socket.close()
         self._reports.close()
         _reap(self.pid, self._pidfd, _CLOSE_S)
+
+    def descriptors(self) -> set[int]:
+        """What a fork needs that goes on with the link in this process's place."""
+        return {self.socket.fileno(), self._reports.fileno()}
+
+    def hand_over(self) -> None:
+        """A fork of this process has the link from now on: close it here, and let the link process be. Does not
+        raise."""
+        if not self._closed:
+            self._closed = True
+            self.socket.close()
+            self._reports.close()
+            os.close(self._pidfd)
 
     def __enter__(self) -> Link:
         return self
@@ -321,6 +334,7 @@ def _become_link_process(keep: set[int]) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
+    os.dup2(null, 2)  # it may outlive whoever reads that
     first = 3
     for fd in sorted(keep):
         os.closerange(first, fd)

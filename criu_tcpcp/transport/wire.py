@@ -20,7 +20,7 @@ class Wire:
 
     def __init__(self, reading: int, writing: int) -> None:
         self.reading = reading
-        self._writing = writing
+        self.writing = writing
         os.set_blocking(writing, False)  # else one write of a chunk waits, whatever the time-out
         self._decoder = Decoder()
         self._waiting: deque[Message] = deque()
@@ -28,16 +28,29 @@ class Wire:
 
     def send(self, message: Message, timeout_s: float = 30) -> None:
         """LinkError where the stream is closed, or takes nothing for `timeout_s`."""
-        view = memoryview(encode(message))
+        self.send_raw(encode(message), timeout_s)
+
+    def send_raw(self, data: bytes, timeout_s: float = 30) -> None:
+        """What is encoded already; as `send`."""
+        view = memoryview(data)
         poller = select.poll()
-        poller.register(self._writing, select.POLLOUT)
+        poller.register(self.writing, select.POLLOUT)
         deadline = time.monotonic() + timeout_s
         try:
             while view:
                 if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
                     raise LinkError("the other side takes no data")
                 with contextlib.suppress(BlockingIOError):
-                    view = view[os.write(self._writing, view[:_CHUNK]):]
+                    view = view[os.write(self.writing, view[:_CHUNK]):]
+        except OSError as error:
+            raise LinkError(f"the link broke: {error.strerror or error}") from error
+
+    def write_some(self, data: bytes | bytearray) -> int:
+        """How many of these bytes the stream takes at once. LinkError where it is closed."""
+        try:
+            return os.write(self.writing, data[:_CHUNK])
+        except BlockingIOError:
+            return 0
         except OSError as error:
             raise LinkError(f"the link broke: {error.strerror or error}") from error
 

@@ -193,7 +193,7 @@ def test_a_hook_that_is_no_program_is_refused_before_anything(tmp_path: Path) ->
     with connected() as (here, peer):
         for wanted, why in ((f"hook:{tmp_path}/nothing", "is not a program that can be started here"),
                           ("hook:", "nothing is not a program"), ("hook:'", "No closing quotation"),
-                          ("balancer", "one of auto, none, forward, address, hook:CMD")):
+                          ("balancer", "one of auto, none, forward, carry, address, hook:CMD")):
             done = here.owner.run([one for one in here.pass_argv("--redirect", wanted) if one != "--json"], check=False)
             assert done.returncode in (2, 3), done
             assert why in done.stderr

@@ -71,7 +71,7 @@ def test_there_and_back_through_a_router(version: int) -> None:
 
 def test_over_ipv6_it_is_refused_where_the_path_is_too_narrow() -> None:
     with apart(6) as (here, peer):
-        done = here.owner.run(here.pass_argv(), check=False)
+        done = here.owner.run(here.pass_argv("--redirect", "forward"), check=False)
         report = json.loads(done.stdout)
         assert (done.returncode, report["owner"]) == (3, "origin")
         assert "packets of 1500 bytes do not go through a tunnel over IPv6 on a path of 1500 bytes" in report["error"]
@@ -87,7 +87,7 @@ def test_a_path_that_does_not_let_it_through_is_found_before_anything_is_stopped
         rule = "udp dport 4789 drop" if lost == "all" else "ip frag-off & 0x3fff != 0 drop"
         here.lab.gateway.run(["nft", f"table ip narrow {{ chain forward {{ type filter hook prerouting priority -450; "
                                      f"{rule}; }}; }}"])
-        done = here.owner.run(here.pass_argv(), check=False)
+        done = here.owner.run(here.pass_argv("--redirect", "forward"), check=False)
         report = json.loads(done.stdout)
         assert (done.returncode, report["owner"]) == (3, "origin")
         why = {"all": "nothing comes back from 10.77.3.12 through a tunnel",

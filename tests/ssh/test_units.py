@@ -23,17 +23,19 @@ RUN_DIR = "/run/criu-tcpcp/"
 
 
 def unit(name: str) -> configparser.ConfigParser:
-    parser = configparser.ConfigParser(interpolation=None)
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read(UNITS / name)
     return parser
 
 
 def would_start(name: str, host: Host) -> bool:
-    """By its condition, with the run directory of this host."""
-    condition = unit(name)["Unit"]["ConditionPathExistsGlob"]
-    assert condition.startswith(RUN_DIR)
-    return any(host.run_dir.glob(condition.removeprefix(RUN_DIR)))
+    """By its conditions, with the run directory of this host; of those with a `|` one is enough (systemd.unit(5))."""
+    words = "ConditionPathExistsGlob="
+    conditions = [line.removeprefix(words).removeprefix("|") for line in (UNITS / name).read_text().splitlines()
+                  if line.startswith(words)]
+    assert all(condition.startswith(RUN_DIR) for condition in conditions)
+    return any(any(host.run_dir.glob(condition.removeprefix(RUN_DIR))) for condition in conditions)
 
 
 def start(name: str, host: Host) -> int:
