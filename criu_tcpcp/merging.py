@@ -39,9 +39,9 @@ LASTS_S = 0.25
 class Merging:
     """Of one connection. Made at staging: a table and a queue take milliseconds."""
 
-    def __init__(self, flow: Flow, missing_s: float = MISSING_S) -> None:
+    def __init__(self, flow: Flow, missing_s: float = MISSING_S, lasts_s: float = LASTS_S) -> None:
         self._flow = flow
-        self._missing_s = missing_s
+        self._missing_s, self._lasts_s = missing_s, lasts_s
         self._thread: threading.Thread | None = None
         with contextlib.ExitStack() as parts:
             self._queue = PacketQueue()
@@ -76,14 +76,14 @@ class Merging:
     def _run(self, order: Order) -> None:
         # KernelError: the queue has overflowed, and what it lost is lost.
         with contextlib.suppress(KernelError):
-            self._merge(order, time.monotonic() + LASTS_S)
+            self._merge(order, time.monotonic() + self._lasts_s)
         end_in_order(self._hold, self._queue, self._injector, self._flow, ACCEPT)
 
     def _merge(self, order: Order, deadline: float) -> None:
         poller = select.poll()
         for number in (self._ended, self._queue.fileno()):
             poller.register(number, select.POLLIN)
-        missing_s = LASTS_S if order.needs_word else self._missing_s
+        missing_s = self._lasts_s if order.needs_word else self._missing_s
         missing_since: float | None = None
         while True:
             until = deadline if missing_since is None else min(deadline, missing_since + missing_s)

@@ -140,7 +140,7 @@ def test_what_comes_by_two_ways_is_merged_in_order(version: int, alone: None) ->
         patience.write_text("30000000")
     moving, peer, flow = pair(version)
     queue = PacketQueue()
-    merging = Merging(flow, missing_s=60)
+    merging = Merging(flow, missing_s=60, lasts_s=60)
     hold = Hold(version, queue.number)  # of chains with the same priority, the newer comes first
     hold.add(flow)
     peer.sendall(b"first ")

@@ -40,7 +40,7 @@ def test_a_filter_on_the_way_is_found(version: int, dry: bool, size: int) -> Non
     with conversation(version=version) as (here, peer):
         exchange(peer, b"before")
         with dropping(here, size):
-            done = here.owner.run(here.pass_argv(*(["--dry-run"] if dry else [])), check=False)
+            done = here.owner.run(here.pass_argv(*(["--dry-run"] if dry else []), "--redirect", "forward"), check=False)
         report = json.loads(done.stdout)
         assert (done.returncode, report["owner"]) == (3, "origin")
         assert WORDS[size].format(via=here.lab.destination.address(version)) in report["error"]
@@ -54,12 +54,26 @@ def test_a_filter_on_the_way_is_found(version: int, dry: bool, size: int) -> Non
 def test_another_address_of_the_destination_that_nobody_has() -> None:
     with conversation() as (here, peer):
         exchange(peer, b"before")
-        done = here.owner.run(here.pass_argv("--via", "10.77.2.99"), check=False)
+        done = here.owner.run(here.pass_argv("--via", "10.77.2.99", "--redirect", "forward"), check=False)
         assert done.returncode == 3
         assert "do not come to the destination" in json.loads(done.stdout)["error"]
         exchange(peer, b"after")
         here.pass_once()
         exchange(peer, b"passed")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_filter_on_the_way_is_no_obstacle_to_what_ssh_carries(version: int) -> None:
+    with conversation(version=version) as (here, peer):
+        exchange(peer, b"before")
+        with dropping(here, 0):
+            report = here.pass_once()
+            assert report["redirect"].startswith("carry (packets of the connection that are sent on to ")
+            exchange(peer, b"after")
+            peer.close()
+            here.node.wait_for("end")
+            left = here.release()
+        assert left == [], "\n".join(left)
 
 
 @pytest.mark.parametrize("version", [4, 6])
