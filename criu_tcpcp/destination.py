@@ -32,22 +32,22 @@ from .endpoints import Restoration
 from .executor import GaveUp, event_of
 from .graft import in_place
 from .journal import LOST_MARK, Journal
-from .kernel import conntrack, netns, process, repair, routing, sockdiag, sockopt, tcpinfo
+from .kernel import conntrack, netns, process, repair, returning, routing, sockdiag, sockopt, tcpinfo
 from .kernel.channel import Channel
 from .kernel.process import Identity
 from .kernel.rawpacket import Injector
-from .kernel.rules import MARK, HostRules, host_rules
+from .kernel.rules import CARRIED, COPIED, MARK, HostRules, host_rules
 from .kernel.tap import KnockListener
 from .merging import LASTS_S, Merging
 from .outside import Outside
-from .redirect import CARRY, address, carry, tunnelled
+from .redirect import CARRY, address, carry, returned, tunnelled
 from .redirect.forward import DivertAtDestination
 from .rehearsal import rehearse, warm_up
 from .tracking import Tracked
 from .transport.wire import Wire
 
 #: What may be said until the state comes.
-_BESIDE = (messages.Imminent, messages.Dig, messages.Lay, messages.Listen, messages.Adopt)
+_BESIDE = (messages.Imminent, messages.Dig, messages.Lay, messages.Listen, messages.Adopt, messages.Back)
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 _LONGEST_MS = 1 << 31  # of the TSval clock: what is later is earlier (RFC 7323 5.3)
 _PREPARED_TIMEOUT_S = 10.0
@@ -272,6 +272,8 @@ class Destination:
                     case messages.Adopt():
                         admit = self._entry.admit_address if self._entry is not None else None
                         self._wire.send(address.answer(message, self.flow, self.journal, admit))
+                    case messages.Back():
+                        self._send_back(message)
                     case messages.Imminent():
                         self._warm_up()
                 message = self._wire.receive(None if deadline is None else max(0, deadline - time.monotonic()))
@@ -313,6 +315,27 @@ class Destination:
                 contextlib.closing(KnockListener(self._comes_as)) as listener:
             heard = listener.hears(message.size, _LISTENS_S)
         self._wire.send(messages.Heard(message.pass_id, heard))
+
+    def _send_back(self, message: messages.Back) -> None:
+        """From the commit on; until the origin has heard of it, or not, it is tried."""
+        try:
+            if self._entry is not None:
+                raise Refused("what is said for connections that come by this door goes to the peer directly",
+                              hint="leave --return origin away")
+            if self._outside is not None:
+                raise Refused("what is said for a connection of a container behind its host goes to the peer directly",
+                              hint="leave --return origin away")
+            way = returned.lead_back(message, self._need_rules(), self.flow)
+        except TcpcpError as error:
+            self._wire.send(messages.Refused(message.pass_id, error.message, error.hint))
+        else:
+            self._wire.send(messages.Dug(message.pass_id))
+            returned.try_back(way, self.flow, message.size, self._wire)
+
+    def _need_rules(self) -> HostRules:
+        if self._rules is None:
+            raise Refused("the pass was not staged")
+        return self._rules
 
     def received(self, message: Message) -> Event:
         event = event_of(message, self.journal.pass_id)
@@ -359,8 +382,8 @@ class Destination:
         if state.flow != self._comes_as:
             raise ProtocolError(f"the state is of {state.flow}, staged was {self._comes_as}")
         state.rename(self.flow)
-        if state.options.get("SO_MARK") == MARK:
-            raise ProtocolError(f"the state has the mark {MARK:#x}, which every rule of this tool lets by")
+        if state.options.get("SO_MARK") in (MARK, CARRIED, COPIED):
+            raise ProtocolError(f"the state has a mark, {MARK:#x} or one of the next, which rules of this tool let by")
         if self._entry is not None:
             self._entry.admit_options(state.options)
         self._state = state
@@ -463,6 +486,8 @@ class Destination:
         if self._ways is not None and self._moves:  # a FIN at the last instant may have put it back
             self._ways.stay(self._comes_as, [name for name in self._moves
                                              if self._outside is None or not self._outside.leads_in(name)])
+        if self._rules is not None and self._moves:
+            returning.end_return(self._rules, self.flow)
 
     def _write_lost(self) -> None:
         self.journal.set_mark(LOST_MARK)
@@ -500,6 +525,7 @@ class Destination:
             if self._divert is not None:
                 self._divert.undo(rules, self.flow)
             rules.keep_in(self.flow)
+            returning.speak_directly(rules, self.flow)
             rules.sweep()
         if self._is_tracked_by_us:
             conntrack.forget(self.flow)

@@ -24,6 +24,7 @@ from .inventory import Connection
 from .journal import Journal
 from .kernel import netns, process, tcpinfo
 from .origin import Options, Origin
+from .redirect import returned
 from .report import PassError, Report
 from .transport.target import LocalTarget, Target, parse_host
 
@@ -55,8 +56,12 @@ def check_options(options: dict[str, Any]) -> Options:
     if wanted.congestion not in CONGESTION:
         raise UsageError(f"--congestion {wanted.congestion[:80]}: keep or restart")
     redirect.check_name(wanted.redirect)
+    returned.check_name(wanted.returns)
     if wanted.leave_behind and wanted.redirect != "address":
         raise UsageError("--leave-behind speaks of an address that moves", hint="--redirect address")
+    if wanted.returns != "direct" and wanted.redirect == "address":
+        raise UsageError("--return origin: where the address moves, nothing is foreign that the destination says",
+                         hint="leave --return away, or --redirect auto")
     if wanted.prologue is not None:
         if len(wanted.prologue) > MAX_PROLOGUE:
             raise UsageError(f"the prologue has {len(wanted.prologue)} bytes: at most {MAX_PROLOGUE} can be said")

@@ -28,7 +28,7 @@ from .imagewriter import take_away_remnant
 from .inventory import Connection
 from .journal import Journal, structure_lock
 from .keeper import carry_on, finish_journal, make_report
-from .kernel import conntrack, netns, process, routing, sockdiag, syscalls
+from .kernel import conntrack, netns, process, returning, routing, sockdiag, syscalls
 from .kernel.rules import HostRules, host_rules
 from .origin import STATE_FILE, Counterpart, Origin
 from .redirect import address, tunnelled
@@ -433,6 +433,8 @@ def _remove(journal: Journal) -> None:
                 rules.stay(flow)
                 rules.unfence(flow)
                 DivertAtDestination().undo(rules, flow)
+                returning.speak_directly(rules, flow)
+                returning.end_return(rules, flow)
                 rules.keep_in(flow)
                 if not _alive_here(flow):
                     conntrack.forget(flow)  # whoever made it: a connection that was passed on never ends there
@@ -519,6 +521,7 @@ def _undo_staged(journal: Journal) -> None:
             if not staged.get("keeps_fence") and not rules.is_moved(flow):
                 rules.unfence(flow)
             DivertAtDestination().undo(rules, flow)
+            returning.speak_directly(rules, flow)
             rules.keep_in(flow)
             rules.sweep()
             if staged.get("tracked"):

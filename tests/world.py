@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
 import ipaddress
 import json
 import os
@@ -85,12 +86,13 @@ def _run_directory(path: Path) -> Iterator[None]:
             os.environ["CRIU_TCPCP_RUN_DIR"] = before
 
 
-def capturing(host: Host, path: Path, length: int = 200, what: str = "tcp") -> subprocess.Popen[bytes]:
+def capturing(host: Host, path: Path, length: int = 200, what: str = "tcp",
+              interface: str = "") -> subprocess.Popen[bytes]:
     """A tcpdump that sees all from now on; `length` bytes of each packet (0: all) go to `path`."""
-    process = host.spawn(["tcpdump", "-i", host.interface, "-s", str(length), "-B", "65536", "-U", "--immediate-mode",
-                          "-w", str(path), f"{what} or icmp or icmp6"], stderr=subprocess.PIPE)
+    process = host.spawn(["tcpdump", "-i", interface or host.interface, "-s", str(length), "-B", "65536", "-U",
+                          "--immediate-mode", "-w", str(path), f"{what} or icmp or icmp6"], stderr=subprocess.PIPE)
     assert process.stderr is not None
-    assert b"listening" in process.stderr.readline()
+    assert any(b"listening" in line for line in process.stderr)  # of `any` it first says more
     return process
 
 
@@ -112,12 +114,14 @@ class World:
                  register: bool = True, node_options: tuple[str, ...] = (),
                  destination_options: tuple[str, ...] = (), captured: bool = True, own_processors: bool = False,
                  whole: bool = False, programs: Mapping[str, Sequence[str]] | None = None, port: int = PORT,
-                 waiting: bool = True, container: str = "", boxes: Mapping[str, str] | None = None) -> None:
+                 waiting: bool = True, container: str = "", boxes: Mapping[str, str] | None = None,
+                 everywhere: bool = False) -> None:
         """`whole`: capture every byte, and have a network in which none needs a reservation: no packet overtakes
         another, and none is cut by a network card. `programs`: what runs at each of the two hosts instead, and knows
         nothing of passes; it need not tell events. The destination's listens on `port`; `waiting`: until both do.
         `container`: the place in the lab that is the network of a container at the destination; there its program
-        runs. `boxes`: the same, by the name of either host, for one that is behind it."""
+        runs. `boxes`: the same, by the name of either host, for one that is behind it. `everywhere`: what the
+        destination says is captured on whatever interface it leaves, a tunnel too."""
         self.lab, self.version, self.kind = lab, version, kind
         self._boxes = boxes or {}
         #: Where each host's program is.
@@ -148,7 +152,7 @@ class World:
         self._slow: list[tuple[int, int]] = []  # passes that held packets for as long as a peer's timer: began, over
         self._owners: list[tuple[int, int, Host, Host]] = []  # of each pass: began, ended (wall clock, ns), from, to
         self._captures: list[tuple[str, verify.Role, subprocess.Popen[bytes], Path]] = []
-        self.whole = whole
+        self.whole, self._everywhere = whole, everywhere
         if whole:
             lab.keep_order()
         if captured:
@@ -171,7 +175,9 @@ class World:
             path = self.lab.directory / f"{role.value}.pcap"
             if self.whole:
                 host.run(["ip", "link", "set", "dev", host.interface, "gso_max_segs", "1"])
-            self._captures.append((role.value, role, capturing(host, path, 0 if self.whole else 200), path))
+            anywhere = "any" if self._everywhere and role is verify.Role.DESTINATION else ""
+            process = capturing(host, path, 0 if self.whole else 200, interface=anywhere)
+            self._captures.append((role.value, role, process, path))
 
     def prove(self, before: dict[str, int] | None = None, *, loss_free: bool = True,
               application: dict[str, Any] | None = None, changes: bool = True,
@@ -221,6 +227,19 @@ class World:
         if reorders:  # such a network doubles packets, too: the last one, to an end that has closed
             captures = [until_closed(capture, self.flow) for capture in captures]
         return verify.verify(captures, self.flow, expect, counters=counters, application=record)
+
+    def as_said(self, captures: list[verify.Capture]) -> list[verify.Capture]:
+        """Where what the destination says comes back through the origin: each packet at the host that said it, and as
+        it leaves the network of the two hosts. Without what tried the way, and what the origin host only sent on."""
+        assert self.flow is not None
+        said = {capture.role: [packet for packet in capture.packets if packet.flags or packet.src != self.flow.local]
+                for capture in captures}
+        there = {_content(packet) for packet in said[verify.Role.DESTINATION] if packet.src == self.flow.local}
+        left_with = {_content(packet): packet.ttl for packet in said[verify.Role.ORIGIN]}  # in and out: the last is out
+        said[verify.Role.ORIGIN] = [packet for packet in said[verify.Role.ORIGIN] if _content(packet) not in there]
+        said[verify.Role.DESTINATION] = [dataclasses.replace(packet, ttl=left_with.get(_content(packet), packet.ttl))
+                                         for packet in said[verify.Role.DESTINATION]]
+        return [dataclasses.replace(capture, packets=tuple(said[capture.role])) for capture in captures]
 
     def _was_too_slow(self, violation: verify.Violation) -> bool:
         """The peer's timer rang because this machine took longer for a pass than any timer waits: not the tool's
@@ -358,6 +377,10 @@ class World:
         """What a pass has left there, in files, rules, routes and processes."""
         now = [line for line in leftovers(host) if "apps" not in line and line != "file d passes"]
         return [line for line in now if line not in self.clean[host.name]]
+
+
+def _content(packet: verify.Packet) -> tuple[object, ...]:
+    return packet.src, packet.seq, packet.ack, packet.flags, packet.window, packet.payload_len, packet.options
 
 
 def users(listed: str) -> list[tuple[int, int]]:

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="let the address move (--redirect address) though other sockets of this host use it, "
                              "which lose it")
     parser.add_argument("--via", metavar="ADDRESS", help="the destination's address for packets (default: as SSH)")
+    parser.add_argument("--return", dest="returns", default="direct", metavar="WAY",
+                        help="how what the destination says gets to the peer: direct, or by way of the origin, for "
+                             "networks that filter foreign sources (default: %(default)s)")
     add_freeze_arguments(parser)
     parser.add_argument("--congestion", default="keep", choices=["keep", "restart"],
                         help="go on with the congestion window and round trip that were learnt of the path, or as a "
@@ -76,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"into": arguments.into, "redirect": arguments.redirect, "via": arguments.via,
-            "leave_behind": arguments.leave_behind,
+            "leave_behind": arguments.leave_behind, "returns": arguments.returns,
             "app_state": _bytes("--app-state", arguments.app_state, MAX_CARRIED, "256 MiB") or b"",
             "tls_anyway": arguments.tls_anyway, "ecn_anyway": arguments.ecn_anyway,
             "prologue": _bytes("--prologue", arguments.prologue, MAX_PROLOGUE, "32 KiB"),

@@ -11,6 +11,7 @@ The conversation, origin (O) and destination (D):
     O->D  Stage      D->O  Staged | Refused              everything slow, nothing stopped yet
     O->D  Dig                       D->O  Dug | Refused          a tunnel for the packets, where one is needed
     O->D  Lay                       D->O  Dug | Refused          or the link itself for the packets
+    O->D  Back                      D->O  Dug | Refused          what is said goes back through the origin
     O->D  Imminent, then Prepare    D->O  Prepared | Aborted     the state; a dormant connection
     O->D  Commit     D->O  Committed, then Active        the commit point lies between Commit and Committed
     O->D  Adopt      D->O  Adopted | Refused             the local address moves: asked beforehand, done behind Active
@@ -295,6 +296,19 @@ class Adopted(Message):
 
 
 @dataclass(frozen=True)
+class Back(Message):
+    """Send what you say for this connection to me: by the tunnel from `here`, your address, to `there`, or, without
+    `here`, to that address on your link. After Dug, packets of the connection of `size` bytes that nobody sends, until
+    I say whether one was heard."""
+
+    kind = 27
+    pass_id: str
+    here: str
+    there: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Lay(Message):
     """Make your end of a channel: the packets of this pass travel over this link. `mtu`: of the way from me to the
     peer, bytes. `boot_id`, `network`: as of Hello, for the way back."""
@@ -371,7 +385,7 @@ _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
                     Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent, Dig, Dug, Listen,
-                    Heard, Adopt, Adopted, Lay, Carry, Carrying, Packets, Ended, Flush, Flushed)}
+                    Heard, Adopt, Adopted, Back, Lay, Carry, Carrying, Packets, Ended, Flush, Flushed)}
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

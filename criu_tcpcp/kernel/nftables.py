@@ -36,6 +36,7 @@ _META_MARK, _META_IIFNAME, _META_L4PROTO = 3, 6, 16
 _NETWORK, _TRANSPORT = 1, 2
 _CT_ZONE = 17
 _CMP_EQ, _CMP_NEQ = 0, 1
+_CSUM_INET = 1  # NFT_PAYLOAD_CSUM_INET
 _DYNSET_ADD, _DYNSET_UPDATE, _DYNSET_DELETE = 0, 1, 2
 _ACCEPT, _DROP = 1, 0
 _FIN_OR_RST = 0x05
@@ -176,6 +177,15 @@ def track_again() -> bytes:
     connection (since Linux 4.12, cc41c84b7e7f), and so gets the template of the zone (net/netfilter/nft_ct.c,
     nft_ct_set_zone_eval). Needs CONFIG_NF_CONNTRACK_ZONES, and has conntrack work from then on."""
     return _immediate(_REG32_12, struct.pack("=H", 0)) + _expression("ct", be32(2, _CT_ZONE), be32(4, _REG32_12))
+
+
+def raise_even_ttl(version: int) -> bytes:
+    """An even TTL (hop limit) becomes one more; an odd one stays, as there is no addition."""
+    offset, mask, change = (8, b"\xfe\xff", b"\1\0") if version == 4 else (6, b"\xff\xfe", b"\0\1")
+    odd = _expression("bitwise", be32(1, _REG32_12), be32(2, _REG32_12), be32(3, 2), _value(4, mask), _value(5, change))
+    checksum = (be32(6, _CSUM_INET), be32(7, 10)) if version == 4 else ()
+    return _payload(_NETWORK, offset, 2, _REG32_12) + odd + _expression(
+        "payload", be32(5, _REG32_12), be32(2, _NETWORK), be32(3, offset), be32(4, 2), *checksum)
 
 
 def drop() -> bytes:

@@ -20,6 +20,7 @@
                                         but what it sends in the name of the host that does (`CARRIED`) is let by
         diverted     prerouting -150   are for this host though their address is not: marked, so that a routing rule
                                        (routing.py) takes them to a local socket
+        returning_*, returned_*        what the destination says goes back through the origin host (returning.py)
 
 A packet released from the queue goes on *behind* `held`: where its connection is in a `moved` set by then, it takes the
 same way as those that come later, so a switch is one element added, and nothing slips past both. That what waits goes
@@ -51,13 +52,15 @@ from .syscalls import failing
 TABLE = "criu_tcpcp"
 MARK = 0x7CB0C001
 CARRIED = MARK + 1  # on what another host has made, and this one sends to the peer
+COPIED = MARK + 2  # on the copies of returning.py: the fence lets them by, and no routing rule knows them
 LIFETIME_S = 5 * 86400  # nf_conntrack_tcp_timeout_established
 CLOSING_S = 600
 
 _SWEEPS = 20  # by other commands, at the very moments at which something is added
 TUNNELS = "tcpcpx"  # how the names of our tunnels' devices begin
+RETURNING, RETURNED = "returning_", "returned_"
 _FENCED, _DIVERTED, _MOVED, _SENT_ON, _TUNNELLED = "fenced", "diverted", "moved_", "sent_on", "tunnelled"
-_TUNNELLED_SETS = {Protocol.TCP: _TUNNELLED, Protocol.UDP: f"{_TUNNELLED}_udp"}
+TUNNELLED_SETS = {Protocol.TCP: _TUNNELLED, Protocol.UDP: f"{_TUNNELLED}_udp"}
 _ANYWHERE: dict[int, IPAddress] = {4: ipaddress.IPv4Address(0), 6: ipaddress.IPv6Address(0)}
 
 
@@ -202,7 +205,7 @@ def _output_drop(name: str, set_name: str, version: int, protocol: Protocol, *mo
     """What this host sends for the connections in the set is dropped, but for what the tool itself sends. `more`: rules
     in front of that."""
     return Chain(name, OUTPUT, -300, (
-        nftables.mark_is(MARK) + nftables.accept(), *more,
+        nftables.mark_is(MARK) + nftables.accept(), nftables.mark_is(COPIED) + nftables.accept(), *more,
         nftables.load_flow(version, protocol, outgoing=True) + nftables.in_set(set_name) + nftables.drop()))
 
 
@@ -227,16 +230,16 @@ def _fence_component(version: int, protocol: Protocol) -> Component:
                      + nftables.accept())))
 
 
-def _moved_name(nexthop: IPAddress, interface: int) -> str:
-    return f"{_MOVED}{str(nexthop).replace('.', '_').replace(':', '_')}_if{interface}"
-
-
 @functools.lru_cache(maxsize=64)
 def _moved_component(version: int, protocol: Protocol, nexthop: IPAddress, interface: int,
                      name: str = "") -> Component:
-    name = name or _moved_name(nexthop, interface)
     away = nftables.duplicate(nexthop.packed, interface) + nftables.drop()
-    return _living_component(version, protocol, name, -299, away)
+    return living_component(version, protocol, name or way_name(_MOVED, nexthop, interface), -299, away)
+
+
+def way_name(prefix: str, nexthop: IPAddress, interface: int) -> str:
+    """Of the set of those that go this way."""
+    return f"{prefix}{str(nexthop).replace('.', '_').replace(':', '_')}_if{interface}"
 
 
 @functools.cache
@@ -249,21 +252,24 @@ def _sent_on_component(version: int, protocol: Protocol) -> Component:
 
 @functools.cache
 def _divert_component(version: int, protocol: Protocol) -> Component:
-    return _living_component(version, protocol, _DIVERTED, -150, nftables.set_mark(MARK) + nftables.accept())
+    return living_component(version, protocol, _DIVERTED, -150, nftables.set_mark(MARK) + nftables.accept())
 
 
-def _living_component(version: int, protocol: Protocol, name: str, priority: int, way: bytes) -> Component:
-    """Incoming packets of the connections in the set `name` go the way, and their elements live as long as they come;
-    shorter once one has said that its connection ends, where the protocol has a word for that."""
+def living_component(version: int, protocol: Protocol, name: str, priority: int, way: bytes, *, hook: int = PREROUTING,
+                     outgoing: bool = False, first: tuple[bytes, ...] = ()) -> Component:
+    """Packets from the peers of the connections in the set `name` (`outgoing`: to them) go the way, and their elements
+    live as long as they come; shorter once one has said that its connection ends, where the protocol has a word for
+    that. `first`: rules in front."""
     closing = f"{name}_closing"
-    load = nftables.load_flow(version, protocol)
+    load = nftables.load_flow(version, protocol, outgoing=outgoing)
     short = nftables.refresh(name, CLOSING_S) + nftables.refresh(closing, CLOSING_S)
     ending = (load + nftables.in_set(closing) + short + way,
               load + nftables.in_set(name) + nftables.ends_connection() + short + way)
-    return Component(version, (name, closing), (Chain(name, PREROUTING, priority, (
-        nftables.mark_is(MARK) + nftables.accept(),
+    return Component(version, (name, closing), (Chain(name, hook, priority, (
+        nftables.mark_is(MARK) + nftables.accept(), *first,
         *(ending if protocol is Protocol.TCP else ()),
-        load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + way, *_whole(version, protocol))),))
+        load + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S) + way,
+        *(_whole(version, protocol) if hook == PREROUTING else ()))),))
 
 
 def _whole(version: int, protocol: Protocol) -> tuple[bytes, ...]:
@@ -303,10 +309,10 @@ def _tunnelled_component(version: int) -> Component:
     """A tunnel's other end can wrap what it likes, from whomever: nothing else of it comes in. What is for the link
     itself may: by that the tunnel is tried. One for all protocols, since what it does not know goes no further."""
     ours = nftables.comes_by(TUNNELS)
-    return Component(version, tuple(_TUNNELLED_SETS.values()), (Chain(_TUNNELLED, PREROUTING, -310, (
+    return Component(version, tuple(TUNNELLED_SETS.values()), (Chain(_TUNNELLED, PREROUTING, -310, (
         ours + nftables.is_for_link_local(version) + nftables.accept(),
         *(ours + nftables.load_flow(version, protocol) + nftables.in_set(name) + nftables.refresh(name, LIFETIME_S)
-          + nftables.accept() for protocol, name in _TUNNELLED_SETS.items()),
+          + nftables.accept() for protocol, name in TUNNELLED_SETS.items()),
         ours + nftables.drop())),))
 
 
@@ -320,6 +326,15 @@ class HostRules:
         self._wire = netlink.NetlinkSocket()
         self._table = self._table_of(protocol)
         self._guard = Table(self._wire, TABLE, ip_version, protocol)  # what is of one protocol and kept for all
+
+    @property
+    def table(self) -> Table:
+        """For rules that have a file of their own."""
+        return self._table
+
+    @property
+    def guard(self) -> Table:
+        return self._guard
 
     def _table_of(self, protocol: Protocol) -> Table:
         suffix = "" if protocol is Protocol.TCP else f"_{protocol.label}"
@@ -365,7 +380,7 @@ class HostRules:
     @staticmethod
     def is_set_of(name: str, nexthop: IPAddress, interface: int) -> bool:
         """One of those that say that it goes there."""
-        return name.removesuffix("_closing") == _moved_name(nexthop, interface)
+        return name.removesuffix("_closing") == way_name(_MOVED, nexthop, interface)
 
     def is_tracking(self) -> bool:
         """This kernel can have conntrack see what is sent on, and it is at work."""
@@ -430,12 +445,12 @@ class HostRules:
         self._install(_tunnelled_component(self.version), self._guard)
 
     def let_out(self, flow: Flow) -> None:
-        component, name = _tunnelled_component(self.version), _TUNNELLED_SETS[self.protocol]
-        self._though_swept(lambda: self._guard.add(name, [flow], LIFETIME_S),
-                           lambda: self._install(component, self._guard))
+        component, name = _tunnelled_component(self.version), TUNNELLED_SETS[self.protocol]
+        self.though_swept(lambda: self._guard.add(name, [flow], LIFETIME_S),
+                          lambda: self._install(component, self._guard))
 
     def keep_in(self, flow: Flow) -> bool:
-        return self._guard.remove(_TUNNELLED_SETS[self.protocol], flow)
+        return self._guard.remove(TUNNELLED_SETS[self.protocol], flow)
 
     # -- all ----------------------------------------------------------------------------------------------------------
 
@@ -443,15 +458,15 @@ class HostRules:
         def install() -> None:
             (table or self._table).create()
             (table or self._table).install(component)
-        self._though_swept(install, install)
+        self.though_swept(install, install)
 
     def _add(self, component: Component, flow: Flow) -> None:
         """One transaction where the component is installed, as it is within a freeze."""
-        self._though_swept(lambda: self._table.add(component.sets[0], [flow], LIFETIME_S),
-                           lambda: self._install(component))
+        self.though_swept(lambda: self._table.add(component.sets[0], [flow], LIFETIME_S),
+                          lambda: self._install(component))
 
     @staticmethod
-    def _though_swept(attempt: Callable[[], None], repair: Callable[[], None]) -> None:
+    def though_swept(attempt: Callable[[], None], repair: Callable[[], None]) -> None:
         """Another command may remove what is empty at any instant: then it is made again."""
         for _ in range(_SWEEPS):
             try:
@@ -473,8 +488,8 @@ class HostRules:
     def flows(self) -> dict[str, list[Flow]]:
         """What stands: set name -> connections, for `passes` and `release`."""
         found = {name: flows for name in self._table.set_names() if not name.endswith("_closing")
-                 and name not in _TUNNELLED_SETS.values() and (flows := self._table.flows(name))}
-        tunnelled = self._guard.flows(_TUNNELLED_SETS[self.protocol])
+                 and name not in TUNNELLED_SETS.values() and (flows := self._table.flows(name))}
+        tunnelled = self._guard.flows(TUNNELLED_SETS[self.protocol])
         return found | ({_TUNNELLED: tunnelled} if tunnelled else {})
 
     def sweep(self) -> bool:
@@ -489,7 +504,7 @@ class HostRules:
                 self._table.remove_if_unused(_sent_on_component(self.version, self.protocol))
             elif name == _DIVERTED:
                 self._table.remove_if_unused(_divert_component(self.version, self.protocol))
-            elif name.startswith(_MOVED):
+            elif name.startswith((_MOVED, RETURNING, RETURNED)):  # by names only, which are made alike
                 self._table.remove_if_unused(
                     _moved_component(self.version, self.protocol, _ANYWHERE[self.version], 1, name))
         if not tunnels():

@@ -55,16 +55,16 @@ from ..executor import GaveUp, event_of
 from ..holding import Holding
 from ..inventory import Connection
 from ..journal import ANNOUNCED, TOLD, Journal
-from ..kernel import netns, process, syscalls, tcpinfo
+from ..kernel import netns, process, returning, syscalls, tcpinfo
 from ..kernel.rules import HostRules, Silence
-from ..redirect import address, carry, tunnelled
+from ..redirect import address, carry, returned, tunnelled
 from ..redirect.address import Reach
 from ..redirect.forward import DivertAtDestination
 from ..transport.target import LocalTarget, Target, target_from_json
 from .counterpart import Counterpart
 from .extraction import Extraction, extraction_of, parts_of
 from .process import OriginProcess
-from .way import laid, laid_by_link
+from .way import laid, laid_by_link, led_back
 
 STATE_FILE = "state"
 _ANSWER_TIMEOUT_S = 3.0
@@ -83,6 +83,7 @@ class Options:
     what negotiated it.
     `congestion`: "keep" lets the destination go on with what was learnt of the path, "restart" does not.
     `leave_behind`: let the address move though other sockets here use it.
+    `returns`: what the destination says goes to the peer "direct", or back through the "origin".
     `settle_s`: how long to ask the destination again before a pass is left in doubt. `doubt_limit_s`: how long after
     the offer the process may stand still in doubt; then it runs again without the connection."""
 
@@ -90,6 +91,7 @@ class Options:
     redirect: str = "auto"
     leave_behind: bool = False
     via: str | None = None
+    returns: str = "direct"
     idle_ms: int | None = 200
     max_stall_ms: int = 500
     app_state: bytes = field(default=b"", repr=False)
@@ -160,6 +162,9 @@ class Origin:
         self.program.check_end(self.options.origin_sees)
         sock = self._take()
         self._outside = outside.at_origin(self.flow, self._home)
+        if self._outside is not None and self.options.returns == "origin":
+            raise Refused("--return origin: nothing comes back through the host for a container that is behind it",
+                          hint="--return direct")
         entry = encode_inet_sk(self.passed_as, self._connection.state, not os.get_blocking(sock.fileno()),
                                self.program.options, self._connection.inode)
         wire.send(Stage(self.journal.pass_id, self.passed_as.to_json(), self.options.into,
@@ -177,6 +182,9 @@ class Origin:
         with self._where_packets_are():
             self.plan = self._way(answer)
             self._refuse_minimal_ttl(self.plan)
+            returns = self.options.returns == "origin" and self.plan.strategy != redirect.CARRY  # which does so anyway
+            if returns and not answer.address_is_local:
+                self.plan = led_back(self.plan, self.flow, self._need(self._rules), self._ttl(), self.journal, wire)
             self._redirect = redirect.origin_half(self.plan, self._setting())
             self._redirect.stage(self._need(self._ways), self.passed_as)
         self._announce()
@@ -309,6 +317,11 @@ class Origin:
             raise Refused(f"the program takes no packet that came from further away ({name}), and this host would send "
                           "them on", refusal=Refusal.MINIMAL_TTL,
                           hint="give the destination the address first, or unset it")
+
+    def _ttl(self) -> int:
+        """With which the program sends."""
+        ttl = self.program.options.get("IP_TTL" if self.flow.ip_version == 4 else "IPV6_UNICAST_HOPS")
+        return ttl if isinstance(ttl, int) else 0
 
     def _via(self) -> IPAddress:
         takes_at = self.staged.takes_at if self.staged is not None else ""
@@ -446,6 +459,7 @@ class Origin:
 
     def _fence(self) -> None:
         self._need(self._rules).fence(self.flow)
+        returned.let_in(self._need(self._rules), self.flow, self._need(self.plan))
 
     def _verify(self) -> None:
         """What is still on its way over a link would be unheard after the new owner's first word."""
@@ -474,6 +488,7 @@ class Origin:
     def _redirect_packets(self) -> None:
         """First the way, then what was held, in its order, then the direct path for what comes: nothing overtakes."""
         ways, way = self._need(self._ways), self._need(self._redirect)
+        returned.let_in(self._need(self._rules), self.flow, self._need(self.plan))  # whoever did may have been killed
         with self._where_packets_are():
             if self._older_ways:  # nothing comes by them meanwhile: it is held in front of them
                 ways.stay(self.passed_as, self._older_ways)
@@ -508,6 +523,7 @@ class Origin:
         if self._rules is not None and self._machine_state is not OriginState.ROLLED_BACK \
                 and self._rules.is_diverted(self.flow):
             DivertAtDestination().undo(self._rules, self.flow)
+            returning.speak_directly(self._rules, self.flow)
 
     def _reroute(self) -> None:
         with netns.enter(self._home):
@@ -545,6 +561,8 @@ class Origin:
         if self._ways is not None and self._redirect is not None and not self._older_ways:
             with self._where_packets_are():
                 self._redirect.undo(self._ways, self.passed_as)
+        if self._rules is not None and self.plan is not None and self.plan.back is not None:
+            returning.end_return(self._rules, self.flow)
 
     def _write_aborted(self) -> None:
         if self.journal.exists():

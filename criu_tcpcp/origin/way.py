@@ -15,17 +15,20 @@ from dataclasses import replace
 from .. import carrying
 from ..core.endpoint import Flow
 from ..core.errors import KernelError, LinkTimeout, ProtocolError, Refused
-from ..core.messages import Dig, Dug, Heard, Lay, Listen
+from ..core.messages import Back, Dig, Dug, Heard, Lay, Listen
 from ..core.messages import Refused as RefusedMessage
 from ..journal import Journal
 from ..kernel import netns, routing
 from ..kernel.rawpacket import Injector
+from ..kernel.rules import HostRules
 from ..kernel.syscalls import boot_id
-from ..redirect import Plan, carry, tunnelled
+from ..kernel.tap import KnockListener
+from ..redirect import Plan, carry, returned, tunnelled
 from ..transport.wire import Wire
 
 _ANSWER_S = 20.0
 _KNOCKS_EVERY_S = 0.005
+_LISTENS_S = 2.0  # for what the destination sends every few milliseconds
 
 
 def laid(plan: Plan, flow: Flow, journal: Journal, wire: Wire, comes_by_itself: bool) -> Plan:
@@ -74,6 +77,26 @@ def _dug(plan: Plan, flow: Flow, journal: Journal, wire: Wire) -> Plan:
         raise ProtocolError("the destination answered out of turn")
     tunnelled.try_out(tunnel, flow)
     return replace(plan, interface=interface)
+
+
+def led_back(plan: Plan, flow: Flow, rules: HostRules, ttl: int, journal: Journal, wire: Wire) -> Plan:
+    """The plan, with a way for what the destination says, too; Refused where nothing comes by it."""
+    plan = returned.planned(plan, rules, flow, ttl)
+    size = routing.mtu_towards(flow.peer.address)
+    with contextlib.closing(KnockListener(Flow(flow.peer, flow.local, protocol=flow.protocol))) as listener:
+        there = plan.tunnel.there if plan.tunnel is not None else ""
+        wire.send(Back(journal.pass_id, str(there), returned.own_address(plan), size))
+        answer = wire.receive(_ANSWER_S)
+        if isinstance(answer, RefusedMessage):
+            raise Refused(answer.reason, hint=answer.hint)
+        if not isinstance(answer, Dug):
+            raise ProtocolError("the destination answered out of turn")
+        heard = listener.hears(size, _LISTENS_S)
+    wire.send(Heard(journal.pass_id, heard))
+    if not heard:
+        raise Refused(f"what the destination says for the connection, in packets of {size} bytes, does not come back "
+                      "to this host", hint="does a filter of the destination's, or on the way, drop it?")
+    return plan
 
 
 def _try(plan: Plan, flow: Flow, journal: Journal, wire: Wire) -> None:

@@ -31,7 +31,8 @@ class Plan:
     """What the journal remembers, so that a pass in doubt can be settled. `reason`: why the strategy was chosen; `via`:
     the destination's address for packets; `nexthop`: that address where it is on a link of this host, else the other
     end of a tunnel there, and then `source` is this host's address on the way; `command`: of a hook, its words;
-    `leave_behind`: the address moves whatever of this host uses it."""
+    `leave_behind`: the address moves whatever of this host uses it. `back`: where what the destination says comes back
+    (returned.py), this host's own next hop to the peer."""
 
     strategy: str
     reason: str
@@ -41,6 +42,8 @@ class Plan:
     command: tuple[str, ...] = ()
     source: str = ""
     leave_behind: bool = False
+    back: IPAddress | None = None
+    back_interface: int = 0
 
     @property
     def tunnel(self) -> Tunnel | None:
@@ -49,15 +52,17 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"strategy": self.strategy, "reason": self.reason, "interface": self.interface,
                 "nexthop": str(self.nexthop) if self.nexthop else None, "via": self.via, "command": list(self.command),
-                "source": self.source, "leave_behind": self.leave_behind}
+                "source": self.source, "leave_behind": self.leave_behind,
+                "back": str(self.back) if self.back else None, "back_interface": self.back_interface}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
         try:
             nexthop = ipaddress.ip_address(value["nexthop"]) if value["nexthop"] else None
+            back = ipaddress.ip_address(value["back"]) if value["back"] else None
             return cls(str(value["strategy"]), str(value["reason"]), nexthop, int(value["interface"]),
                        str(value["via"]), tuple(map(str, value["command"])), str(value["source"]),
-                       bool(value["leave_behind"]))
+                       bool(value["leave_behind"]), back, int(value["back_interface"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a redirect plan: {error}") from None
 
