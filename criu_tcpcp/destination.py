@@ -77,6 +77,7 @@ class Destination:
         self.left: list[str] = []
         self.notes: list[str] = []
         self.steps: list[tuple[str, float]] = []
+        self._path: list[str] = []
         self._into, self._prologue, self._entry, self._needs = into, prologue, entry, needs
         self._wire = wire
         self._machine_state = DestinationState.READY
@@ -110,10 +111,10 @@ class Destination:
 
     @classmethod
     def staged(cls, stage: Stage, wire: Wire, entry: Entry | None = None, *, is_apart: bool = False,
-               outside: Outside | None = None) -> Destination:
+               outside: Outside | None = None, path: list[str] | None = None) -> Destination:
         """Find the way in, make the rules. The journal is claimed. `is_apart`: the program is in a network namespace of
         its own, where this runs. `outside`, which is this object's from now on: its packets come by way of this host.
-        Refused: nothing of it stands."""
+        `path`: who passed it before (onward.py). Refused: nothing of it stands."""
         flow = Flow.from_json(stage.flow) if outside is None else outside.inner
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
                    stage.prologue if stage.has_prologue else None, entry, stage.needs, outside)
@@ -121,6 +122,7 @@ class Destination:
         # Until the state comes, the origin may wait for a quiet instant, or for its application.
         side._ready_s = min(max(0, stage.idle_ms) / 1000 + _PREPARED_TIMEOUT_S, _LONGEST_WAIT_S)
         side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
+        side._path = [] if path is None else path
         try:
             side._stage()
             if is_apart and outside is None:
@@ -162,8 +164,8 @@ class Destination:
         self.journal.write("staged", flow=flow.to_json(), into=self._into, network=list(netns.own()),
                            divert=not self.address_is_local,
                            keeps_fence=self._keeps_fence, tracked=self._is_tracked_by_us, way=self._graft.way,
-                           outside=self._said_of_outside(),
-                           taker=self._graft.taker.to_json(), has_prologue=self._prologue is not None)
+                           outside=self._said_of_outside(), taker=self._graft.taker.to_json(),
+                           has_prologue=self._prologue is not None, path=self._path)
         if self._prologue is not None:
             self.journal.save(PROLOGUE_FILE, self._prologue)  # an interrupted activation may need it once more
         for verdict in ("committed", "aborted"):

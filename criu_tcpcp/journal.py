@@ -24,6 +24,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -157,12 +158,13 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
                      "tunnel", "phase", "origin_boot"),
                     _is(str)),
     **dict.fromkeys(("pid", "start_time", "cookie", "inode", "extracted_at_ms", "offered_at_ms", "sequence",
-                     "descriptor", "mtu"), _is(int)),
+                     "descriptor", "mtu", "began_ms"), _is(int)),
     **dict.fromkeys(("divert", "keeps_fence", "tracked", "has_prologue", "fences", "injected"), _is(bool)),
     **dict.fromkeys(("flow", "flow_json", "thrown", "plan", "target", "held"), _is(dict)),
     "descriptors": _are_numbers, "taker": _is_identity, "network": _is_identity, "origin_network": _is_identity,
     "doubt_limit_s": _is(int, float),
-    "place": _is(str, dict, type(None)), "outside": _is(dict, type(None))}
+    "place": _is(str, dict, type(None)), "outside": _is(dict, type(None)),
+    "path": lambda value: type(value) is list and all(type(one) is str for one in value)}
 
 
 def _records_of(log: bytes) -> list[Record]:
@@ -350,7 +352,7 @@ class Journal:
                 self.create()
                 try:
                     held.enter_context(self.locked())
-                    self.write("claimed", flow=flow)
+                    self.write("claimed", flow=flow, began_ms=int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000))
                 except BaseException:
                     self.remove()
                     raise
@@ -397,6 +399,13 @@ def working_on(flow: dict[str, Any], but: Journal | None = None) -> Journal | No
                 if not idle:
                     return journal
     return None
+
+
+def newest_first() -> list[Journal]:
+    """`all_journals` of this boot, by when their passes began."""
+    began = {journal: claimed["began_ms"] for journal in all_journals()
+             if (claimed := journal.field("claimed")) is not None and claimed["boot"] == boot_id()}
+    return sorted(began, key=lambda journal: -began[journal])
 
 
 def all_journals() -> list[Journal]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from . import carrier, carrying
+from . import carrier, carrying, onward
 from .core import handoff
 from .core.errors import ExitCode, Owner, TcpcpError
 from .core.handoff import ORIGIN_FINAL, OWNER, Action, Event, OriginState
@@ -93,6 +93,7 @@ def run(control: socket.socket, journal: Journal, connection: Connection, target
             origin.there.connect()
             with netns.enter(origin.program.namespace), journal.claimed(origin.flow.to_json()):
                 _say(control, {"progress": "staging"})
+                origin.path = onward.path_from_here(origin.flow)
                 origin.stage()
                 origin.watch(control)
                 with without_garbage_collection():
@@ -101,7 +102,8 @@ def run(control: socket.socket, journal: Journal, connection: Connection, target
                     executor.run(Event.START)
         except TcpcpError as error:  # before the machine ran: nothing was touched
             executor.failure = executor.failure or error
-        carry_on(origin, executor)
+        _tell_path(origin, executor.machine.state)
+        carry_on(origin, executor)  # the last that the link is used for
         report = make_report(origin, executor)
         finish_journal(journal, executor)
         return report
@@ -118,6 +120,15 @@ def carry_on(origin: Origin, executor: Executor[OriginState]) -> None:
                 carrier.begin(origin.journal, origin.flow, origin.there, origin.end_of_way)
         except TcpcpError as error:
             executor.left.append(f"carry: {error}")
+
+
+def _tell_path(origin: Origin, state: OriginState) -> None:
+    """Nothing comes to a destination that has the address itself by way of others, nor over another way than this link
+    where that carries the packets."""
+    plan, staged, there = origin.plan, origin.staged, origin.there
+    if state is OriginState.DONE and origin.path and plan is not None and there.is_connected \
+            and staged is not None and not staged.address_is_local and not carrying.is_wanted(origin.journal):
+        origin.notes += onward.tell(origin.path, there.target, there.wire, origin.journal.pass_id, plan.via)
 
 
 def finish_journal(journal: Journal, executor: Executor[OriginState]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import carrying, namespaces, outside
+from . import carrying, namespaces, onward, outside
 from ._version import __version__
 from .core import handoff, messages
 from .core.criu import messages as load_criu_messages
@@ -117,6 +117,8 @@ def _do(message: messages.Message, wire: Wire, images: Images | None, door: Door
             _adopt(message, wire, door)
         case messages.Try():
             _try(message, wire)
+        case messages.Onward() | messages.Where() | messages.Dig() | messages.Listen():
+            _straighten(message, wire, images, door)
         case messages.Abort():
             return  # of a pass that is over here
         case _:
@@ -199,7 +201,8 @@ def _pass(stage: messages.Stage, wire: Wire, images: Images | None, door: Door |
                 if place is not None:
                     held.callback(place.close)
                 held.enter_context(journal.claimed(place.inner.to_json() if place is not None else stage.flow))
-                side = Destination.staged(stage, wire, entry, is_apart=is_apart, outside=place)
+                side = Destination.staged(stage, wire, entry, is_apart=is_apart, outside=place,
+                                          path=onward.path_to_here(stage))
             else:
                 journal.create()
                 held.enter_context(journal.locked())
@@ -321,6 +324,23 @@ def _announce_again(adopted: set[str]) -> None:
             if staged is not None:
                 with contextlib.suppress(TcpcpError), namespaces.of_side(journal):
                     address.announce(Flow.from_json(staged["flow"]).local.address)
+
+
+def _straighten(message: messages.Onward | messages.Where | messages.Dig | messages.Listen, wire: Wire,
+                images: Images | None, door: Door | None) -> None:
+    """Of a connection that was passed on (onward.py). A guarded door lets in passes, and nothing that changes the way
+    of others."""
+    if images is not None:
+        raise ProtocolError(f"{type(message).__name__} out of turn")
+    if door is not None:
+        raise Denied("this door does not change the way of a connection that was passed before")
+    match message:
+        case messages.Onward():
+            onward.follow(message, wire)
+        case messages.Where():
+            onward.answer(message, wire)
+        case _:
+            onward.lend_an_end(message, wire)
 
 
 def _settled(message: messages.Settled, wire: Wire, images: Images | None, door: Door | None) -> None:

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import carrier, carrying, graft, namespaces, outside, redirect
+from . import carrier, carrying, graft, namespaces, onward, outside, redirect
 from . import journal as journals
 from .core import handoff
 from .core.endpoint import Flow, Protocol
@@ -154,7 +154,10 @@ def resolve(pass_id: str, *, settle_s: float = 10.0, force_origin: bool = False)
         if journal.last() not in journals.UNSETTLED:
             journal.forget(STATE_FILE)  # its process may have ended before it did
             report = _told_report(journal) if _is_untold(journal) else settled_report(journal)
-            return _carried_on(journal, report) if _is_cut_off(journal) else report
+            report = _carried_on(journal, report) if _is_cut_off(journal) else report
+            is_settled = journal.last() == "done" and not address.is_under_way(journal)
+            note = onward.ask(journal) if is_settled and not carrying.is_wanted(journal) else ""
+            return replace(report, notes=(*report.notes, note)) if note else report
         if journal.field("offered")["boot"] != syscalls.boot_id():  # type: ignore[index]
             journal.write("lost")
             return settled_report(journal)

@@ -22,6 +22,9 @@ The conversation, origin (O) and destination (D):
     O->D  Settled                                        never asked about again
     O->D  Carry      D->O  Carrying | Ended | Refused    from Carrying on, both ways: Packets,
                                                          Flush -> Flushed, until Ended
+    B->A  Onward, then A->B Dig, Listen (for C) as above, then Settled | Refused
+                                                         what A passed to B was passed on to C (onward.py)
+    A->B  Where      B->A  Onward, as above, or Settled
     O->D  Try        D->O  Tried | Refused               can that host take connections? (check --host)
 """
 
@@ -73,7 +76,8 @@ class Stage(Message):
     """`inet_sk`: the connection's inet_sk_entry while it still runs; Prepare's is the one that counts. `max_stall_ms`:
     how long the pass may take before the offer. `prologue`: what the program there reads before the peer's bytes, if
     `has_prologue`. `idle_ms`: how long the origin may look for a quiet instant before that. `needs`: what the
-    connection has and not every kernel can do, by the name of the refusal."""
+    connection has and not every kernel can do, by the name of the refusal. `path`: the hosts that passed it before,
+    each "ADDRESS ID" (onward.py)."""
 
     kind = 2
     pass_id: str
@@ -86,6 +90,7 @@ class Stage(Message):
     prologue: bytes = field(default=b"", repr=False)
     idle_ms: int = 0
     needs: list[str] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -309,6 +314,24 @@ class Back(Message):
 
 
 @dataclass(frozen=True)
+class Onward(Message):
+    """The connection of this pass of yours lives where packets for `via` go, now: send its packets there. Until you say
+    Settled or Refused, what you say to a destination I say to that one."""
+
+    kind = 28
+    pass_id: str
+    via: str
+
+
+@dataclass(frozen=True)
+class Where(Message):
+    """Have you passed on what I passed to you? Onward says yes, Settled no."""
+
+    kind = 29
+    pass_id: str
+
+
+@dataclass(frozen=True)
 class Lay(Message):
     """Make your end of a channel: the packets of this pass travel over this link. `mtu`: of the way from me to the
     peer, bytes. `boot_id`, `network`: as of Hello, for the way back."""
@@ -385,7 +408,8 @@ _KINDS: dict[int, type[Message]] = {
     message.kind: message
     for message in (Hello, Stage, Staged, Refused, Prepare, Prepared, Commit, Committed, Active, Abort, Aborted, Query,
                     Activate, Lost, Settled, Ask, Standing, Try, Tried, Imminent, Dig, Dug, Listen,
-                    Heard, Adopt, Adopted, Back, Lay, Carry, Carrying, Packets, Ended, Flush, Flushed)}
+                    Heard, Adopt, Adopted, Back, Onward, Where, Lay, Carry, Carrying, Packets, Ended, Flush,
+                    Flushed)}
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

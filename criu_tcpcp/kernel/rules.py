@@ -397,8 +397,13 @@ class HostRules:
 
     def stay(self, flow: Flow, names: Iterable[str] | None = None) -> bool:
         """No longer moved anywhere. `names`: an earlier result of `moves_of`."""
-        found = [self._table.remove(name, flow) for name in (self.moves_of(flow) if names is None else names)]
+        found = self.turn_from(flow, self.moves_of(flow) if names is None else names)
         self._table.remove(_SENT_ON, flow)
+        return found
+
+    def turn_from(self, flow: Flow, names: Iterable[str]) -> bool:
+        """It goes by these ways no longer, and by another now. `names`: as of `stay`."""
+        found = [self._table.remove(name, flow) for name in names]
         return any(found)
 
     def take_over(self, flow: Flow, names: Iterable[str]) -> None:

@@ -124,6 +124,7 @@ class Origin:
         self.options = options
         self.staged: Staged | None = None
         self.plan: redirect.Plan | None = None
+        self.path: list[str] = []  # who passed the connection before (onward.py)
         self.active: Active | None = None
         self.holding: Holding | None = None
         self.touched = False
@@ -170,7 +171,7 @@ class Origin:
         wire.send(Stage(self.journal.pass_id, self.passed_as.to_json(), self.options.into,
                         self.options.redirect.partition(":")[0], entry,
                         self.options.max_stall_ms, self.options.prologue is not None, self.options.prologue or b"",
-                        self.options.idle_ms or 0, endpoints.of(self.flow.protocol).needs(sock)))
+                        self.options.idle_ms or 0, endpoints.of(self.flow.protocol).needs(sock), self.path))
         self._stage_here()  # while the destination does the same
         answer = wire.receive(_STAGE_TIMEOUT_S)
         if isinstance(answer, RefusedMessage):

@@ -28,7 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"namespaces", "outside"}),
     frozenset({"executor", "merging", "door", "carrying"}),
     frozenset({"origin", "destination", "imagewriter"}),
-    frozenset({"carrier"}),
+    frozenset({"carrier", "onward"}),
     frozenset({"keeper"}),
     frozenset({"settle", "features"}),
     frozenset({"serve", "passing"}),
