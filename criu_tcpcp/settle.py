@@ -231,6 +231,8 @@ def _finish_address(journal: Journal, wire: Wire) -> None:
 
     with namespaces.of_side(journal):
         address.finish(Reach("resolve", journal, ask))
+
+
 def _carried_on(journal: Journal, report: Report) -> Report:
     """Begin again to carry its packets."""
     intent = journal.field("intent")

@@ -24,6 +24,7 @@ from .syscalls import failing
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
+_BOUND_INACTIVE = 13  # TCP_BOUND_INACTIVE, net/tcp_states.h; sock_diag only
 _MSG_ERROR, _MSG_DONE = 2, 3
 _NO_COOKIE = 0xFFFFFFFF
 _MESSAGE_BYTES = 72  # struct inet_diag_msg
@@ -212,10 +213,12 @@ class Use:
 
 def uses_of(address: IPAddress) -> list[Use]:
     """The sockets in the calling thread's network namespace that live by this local address, those without a program
-    too; what only waits for its end (TIME-WAIT) does not."""
+    too; what only waits for its end (TIME-WAIT) does not, and neither does what is bound and neither listens nor is
+    connected, as a descriptor whose connection was passed away (since Linux 6.8 the kernel lists those too)."""
     found = []
+    states = 0xFFFFFFFF & ~(1 << TcpState.TIME_WAIT) & ~(1 << _BOUND_INACTIVE)
     for protocol, family in itertools.product(Protocol, (socket.AF_INET, socket.AF_INET6)):
-        request = struct.pack("=BBBBI", family, protocol, 0, 0, 0xFFFFFFFF & ~(1 << TcpState.TIME_WAIT)) + bytes(48)
+        request = struct.pack("=BBBBI", family, protocol, 0, 0, states) + bytes(48)
         for body in _ask(request, netlink.F_DUMP):
             _family, _state, local_port, peer_port, local, peer, *_others, inode = _HEAD.unpack_from(body)
             if local_port and _plain(family, local) == address.packed:

@@ -39,7 +39,8 @@ _VOLATILE = re.compile(
     r"|\s+(NO-CARRIER|linkdown|dynamic|tentative|cache)\b"
     r"|(?<=<)NO-CARRIER,"
     r"|^\d+: (?=\S+ )")                                                   # "3: eth0 ...": the interface's number
-_VOLATILE_NFT = re.compile(r"\s+expires \w+|(?<=counter )packets \d+ bytes \d+ ?")
+#: And whose a table with an owner is, behind its brace.
+_VOLATILE_NFT = re.compile(r"\s+expires \w+|(?<=counter )packets \d+ bytes \d+ ?|\s+# progname .*$")
 
 # A pass has reasons to change these, for all interfaces or for one.
 _SYSCTLS = ("forwarding", "rp_filter", "accept_local", "route_localnet", "arp_ignore", "arp_announce", "arp_notify",

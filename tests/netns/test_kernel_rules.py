@@ -148,7 +148,8 @@ def test_what_comes_by_two_ways_is_merged_in_order(version: int, alone: None) ->
     hold.remove(flow)
     merging.begin(from_sequence(repair.sequences(moving)[0], version))
     peer.sendall(b"second ")
-    until(lambda: merging.waiting == 1, "the second to wait for the first")
+    # A tail-loss probe may bring the second once more.
+    until(lambda: merging.waiting >= 1, "the second to wait for the first")
     assert tcpinfo.unread_bytes(moving) == 0
     queue.release()
     until(lambda: tcpinfo.unread_bytes(moving) == 13, "both to arrive")

@@ -42,7 +42,7 @@ def connection_of(version: int, peer: str) -> Flow:
 def refused_as(flow: Flow, refusal: Refusal, words: str) -> None:
     reading, writing = socket.socketpair()
     with reading, writing, pytest.raises(Refused, match=words) as caught:
-        Destination.staged(Stage(journal.new_id(), flow.to_json(), "receiver", "auto", b"", 500, False, b""),
+        Destination.staged(Stage(journal.new_id(), flow.to_json(), "receiver", "forward", b"", 500, False, b""),
                            Wire(reading.fileno(), writing.fileno()))
     assert caught.value.refusal == refusal
     assert journal.all_journals() == []

@@ -188,16 +188,18 @@ def test_a_destination_without_a_route_to_the_peer(by: Bystanders) -> None:
     routes = [line for line in destination.run(["ip", "route"]).stdout.splitlines() if line.startswith("default")]
     destination.run(["ip", "route", "del", "default"])
     try:
-        by.refuses(by.pass_argv(), REFUSED, "the destination has no route to the peer 10.77.1.2")
+        by.refuses([*by.pass_argv(), "--redirect", "forward"], REFUSED,
+                   "the destination has no route to the peer 10.77.1.2")
     finally:
         destination.run(["ip", "route", "add", *routes[0].split()])
 
 
 def test_a_redirect_that_cannot_be(by: Bystanders) -> None:
     by.refuses([*by.pass_argv(), "--redirect", "none"], REFUSED, "10.77.2.11 is not an address of the destination")
-    by.refuses([*by.pass_argv(), "--via", "10.77.1.2"], REFUSED, "not an address of the destination itself",
+    by.refuses([*by.pass_argv(), "--via", "10.77.1.2", "--redirect", "forward"], REFUSED,
+               "not an address of the destination itself", "--via")
+    by.refuses([*by.pass_argv(), "--via", "10.77.2.11", "--redirect", "forward"], REFUSED, "which is this host itself",
                "--via")
-    by.refuses([*by.pass_argv(), "--via", "10.77.2.11"], REFUSED, "which is this host itself", "--via")
 
 
 @pytest.mark.parametrize("argv", [
