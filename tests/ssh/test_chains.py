@@ -130,7 +130,8 @@ def test_by_tunnels(apart: tuple[str, ...], version: int) -> None:
         for host in (here.lab.destination, here.third):
             assert here.on(host, "--via", str(host.ipv4 if version == 4 or apart else host.ipv6))["notes"] == []
         sees_none(here, here.lab.destination)
-        assert here.on(here.lab.origin)["notes"] == []
+        # A tunnel over IPv6 is too narrow here, and without one what was held on its way home would be dropped.
+        assert here.on(here.lab.origin, "--via", str(here.lab.origin.ipv4))["notes"] == []
         finish(here, peer, before, 2)
 
 
