@@ -6,17 +6,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
+from attempt import exchange
+from behind import BehindWorld, put_behind
 from criu_tcpcp import journal, verify
 from criu_tcpcp.lab import Host, Lab, leftovers
+from grafting import server
 from waiting import until
 from world import COMMAND, PORT, Peer, Program, World, _run_directory, capturing
 
 pytestmark = pytest.mark.root
+
+
+def add_third(here: World, argv: Sequence[str]) -> Host:
+    """A host more for passes from any to any, with this program."""
+    third = here.lab.hosts["third"]
+    here.homes[third.name] = third
+    here.clean[third.name] = leftovers(third)
+    with _run_directory(third.run_dir):
+        journal.prepare_run_directory()
+    here.nodes[third.name] = Program(third, argv)
+    here.lab.origin.start_sshd()
+    return third
 
 
 class Chain(World):
@@ -25,19 +41,13 @@ class Chain(World):
     def __init__(self, lab: Lab, version: int) -> None:
         self.next = lab.destination
         super().__init__(lab, "rr", version=version, whole=True, everywhere=True)
-        third = self.third = lab.hosts["third"]
-        self.homes[third.name] = third
-        self.clean[third.name] = leftovers(third)
-        with _run_directory(third.run_dir):
-            journal.prepare_run_directory()
-        self.nodes[third.name] = Program(third, [sys.executable, "-m", "criu_tcpcp.lab.node", "--port", str(PORT),
-                                                 "--kind", "rr", "--register"])
+        third = self.third = add_third(self, [sys.executable, "-m", "criu_tcpcp.lab.node", "--port", str(PORT),
+                                              "--kind", "rr", "--register"])
         self.nodes[third.name].wait_for("listening")
         third.run(["ip", "link", "set", "dev", third.interface, "gso_max_segs", "1"])
         path = lab.directory / "third.pcap"
         process = capturing(third, path, 0, interface="any")
         self._captures.append((verify.Role.DESTINATION.value, verify.Role.DESTINATION, process, path))
-        lab.origin.start_sshd()
 
     @property
     def other(self) -> Host:
@@ -155,3 +165,33 @@ def test_a_host_that_cannot_be_told_asks_later(version: int) -> None:
         assert done.returncode == 0
         sees_none(here, here.lab.destination)
         finish(here, peer, before, 1)
+
+
+class BehindChain(BehindWorld):
+    next: Host | None = None
+
+    @property
+    def other(self) -> Host:
+        return self.next or super().other
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_out_of_a_container_behind_its_host(version: int) -> None:
+    """It is the host, in front of its NAT, that sends the packets elsewhere."""
+    argv = server("threads", "0.0.0.0" if version == 4 else "::")
+    with Lab(["box", "third"]) as lab:
+        put_behind(lab, lab.origin, nat=True)
+        here = BehindChain(lab, ["origin"], nat=True, version=version, captured=False,
+                           programs=dict.fromkeys(("origin", "destination"), argv))
+        third = add_third(here, argv)
+        with lab.peer.enter(), socket.create_connection(here.seen, timeout=20) as peer:
+            here.knows_peer(peer.getsockname()[1])
+            for here.next in (lab.destination, third):
+                assert here.pass_once(*here.into())["notes"] == []
+                exchange(peer, b"there" * 1000)
+            between = Counter(lab.destination, lab.peer.address(version), version)
+            exchange(peer, b"straight on" * 1000)
+            assert between.count() == 0
+            here.next = lab.origin
+            assert here.pass_once(*here.into())["notes"] == []
+            exchange(peer, b"home" * 1000)

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from attempt import Attempt, exchange
+from behind import behind
 from criu_tcpcp.lab import Lab
 from criu_tcpcp.lab.host import Host
+from grafting import server
 from waiting import until
 from world import PORT, World
 
@@ -93,6 +95,20 @@ def test_what_cannot_come_back_is_found_before_anything_is_stopped() -> None:
         exchange(peer, b"after")
         finish(here, peer)
         assert here.release() == []
+
+
+@pytest.mark.parametrize("side", ["origin", "destination"])
+def test_for_a_container_behind_its_host_it_is_refused(side: str) -> None:
+    programs = {name: server("threads", "0.0.0.0") for name in ("origin", "destination")}
+    with behind(side, nat=True, version=4, programs=programs, captured=False) as here, here.lab.peer.enter(), \
+            socket.create_connection(here.seen, timeout=20) as peer:
+        here.knows_peer(peer.getsockname()[1])
+        exchange(peer, b"before")
+        done = here.owner.run(here.pass_argv(*here.into(), *BACK), check=False)
+        report = json.loads(done.stdout)
+        assert (report["exit"], report["owner"]) == (3, "origin"), report
+        assert "container" in report["error"]
+        exchange(peer, b"after")
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["link", "tunnel"])
