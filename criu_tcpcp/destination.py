@@ -118,7 +118,7 @@ class Destination:
         flow = Flow.from_json(stage.flow) if outside is None else outside.inner
         side = cls(Journal(stage.pass_id, "destination"), wire, flow, stage.into,
                    stage.prologue if stage.has_prologue else None, entry, stage.needs, outside)
-        side._may_be_carried = stage.redirect in ("auto", CARRY)
+        side._may_be_carried = stage.redirect in ("auto", CARRY) and not is_apart
         # Until the state comes, the origin may wait for a quiet instant, or for its application.
         side._ready_s = min(max(0, stage.idle_ms) / 1000 + _PREPARED_TIMEOUT_S, _LONGEST_WAIT_S)
         side._standing_s = min(max(0, stage.max_stall_ms) / 1000 * _STANDS_FOR, _PREPARED_TIMEOUT_S)
