@@ -27,7 +27,6 @@ from .transport.link import Link
 from .transport.wire import Wire
 
 _ANSWER_TIMEOUT_S = 15.0
-_DESCRIPTORS = 1 << 20  # fs.nr_open's default: above any limit that was ever set
 _GRACE_S = 0.3
 
 
@@ -91,14 +90,7 @@ def _let_go(keep: set[int]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
-        os.dup2(null, number)
-    first = 3
-    for number in sorted(keep):
-        os.closerange(first, number)
-        first = number + 1
-    os.closerange(first, _DESCRIPTORS)
+    syscalls.keep_only(keep)
     syscalls.name_process("tcpcp-carrier")
     syscalls.forbid_core_dumps()
 

@@ -29,6 +29,8 @@ _MEMBARRIER_CMD_GLOBAL = 1  # linux/membarrier.h
 
 _AHEAD = -15  # nice value
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_FIRST_OTHER = 3  # behind stdin, stdout and stderr
+_DESCRIPTORS = 1 << 20  # fs.nr_open's default: above any limit that was ever set
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
 
@@ -129,6 +131,18 @@ def _schedule(policy: int, priority: int, pid: int | None = None) -> None:
 def forbid_core_dumps() -> None:
     """Payload of a connection is in this process's memory: it must not reach a core file, nor another user's ptrace."""
     check("prctl(PR_SET_DUMPABLE)", libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+
+
+def keep_only(descriptors: set[int]) -> None:
+    """Of all that a fork inherits; what it reads and says leads nowhere: it may outlive whoever is there."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(_FIRST_OTHER):
+        os.dup2(null, number)
+    first = _FIRST_OTHER
+    for descriptor in sorted(descriptors):
+        os.closerange(first, descriptor)
+        first = descriptor + 1
+    os.closerange(first, _DESCRIPTORS)
 
 
 def allow_tracing() -> None:

@@ -54,11 +54,7 @@ def laid_by_link(why: str, flow: Flow, journal: Journal, wire: Wire, learnt_mtu:
         if journal.exists():  # not in a rehearsal
             carrying.want(journal)
         wire.send(Lay(journal.pass_id, carry.mtu_of_way(flow, learnt_mtu), boot_id(), list(netns.own())))
-        answer = wire.receive(_ANSWER_S)
-        if isinstance(answer, RefusedMessage):
-            raise Refused(answer.reason, hint=answer.hint)
-        if not isinstance(answer, Dug):
-            raise ProtocolError("the destination answered out of turn")
+        _until_dug(wire)
     except BaseException:
         end.close()
         raise
@@ -70,13 +66,18 @@ def _dug(plan: Plan, flow: Flow, journal: Journal, wire: Wire) -> Plan:
     assert tunnel is not None
     interface = tunnelled.dig(tunnel, journal)
     wire.send(Dig(journal.pass_id, str(tunnel.there), str(tunnel.here)))
+    _until_dug(wire)
+    tunnelled.try_out(tunnel, flow)
+    return replace(plan, interface=interface)
+
+
+def _until_dug(wire: Wire) -> None:
+    """Refused where the destination cannot."""
     answer = wire.receive(_ANSWER_S)
     if isinstance(answer, RefusedMessage):
         raise Refused(answer.reason, hint=answer.hint)
     if not isinstance(answer, Dug):
         raise ProtocolError("the destination answered out of turn")
-    tunnelled.try_out(tunnel, flow)
-    return replace(plan, interface=interface)
 
 
 def led_back(plan: Plan, flow: Flow, rules: HostRules, ttl: int, journal: Journal, wire: Wire) -> Plan:
@@ -86,11 +87,7 @@ def led_back(plan: Plan, flow: Flow, rules: HostRules, ttl: int, journal: Journa
     with contextlib.closing(KnockListener(Flow(flow.peer, flow.local, protocol=flow.protocol))) as listener:
         there = plan.tunnel.there if plan.tunnel is not None else ""
         wire.send(Back(journal.pass_id, str(there), returned.own_address(plan), size))
-        answer = wire.receive(_ANSWER_S)
-        if isinstance(answer, RefusedMessage):
-            raise Refused(answer.reason, hint=answer.hint)
-        if not isinstance(answer, Dug):
-            raise ProtocolError("the destination answered out of turn")
+        _until_dug(wire)
         heard = listener.hears(size, _LISTENS_S)
     wire.send(Heard(journal.pass_id, heard))
     if not heard:

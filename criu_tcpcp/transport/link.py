@@ -49,7 +49,6 @@ _CLOSE_S = 1.0  # after that, SIGKILL
 _LOCAL_START_S = 10.0
 _GRACE_S = 0.5  # for a report that is on its way
 _TAIL_BYTES = 4096
-_DESCRIPTORS = 1 << 20  # fs.nr_open's default: above any limit that was ever set
 _LINES = 3  # of stderr, in a diagnosis
 
 _INSTALL = "install it there (pip install criu-tcpcp), or say where it is with --remote-command"
@@ -331,15 +330,7 @@ def _become_link_process(keep: set[int]) -> None:
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.dup2(null, 2)  # it may outlive whoever reads that
-    first = 3
-    for fd in sorted(keep):
-        os.closerange(first, fd)
-        first = fd + 1
-    os.closerange(first, _DESCRIPTORS)
+    syscalls.keep_only(keep)
     warnings.simplefilter("ignore")
     syscalls.name_process("tcpcp-link")
     syscalls.forbid_core_dumps()

@@ -32,22 +32,27 @@ def entries(here: BehindWorld) -> list[str]:
     return [line for line in known if f"port={here.flow.peer.port} " in line]
 
 
+def there_and_back(here: BehindWorld) -> None:
+    """Under load, again and again; and nothing is left of it."""
+    before = here.counters()
+    peer = Peer(here, "rr-peer", "--rate", "100", "--echoed", "--until-eof")
+    for _ in range(TIMES):
+        here.pass_once("--max-stall", "5000", *SEEN, *here.into(), attempts=3)
+    report = peer.finish()
+    assert report["error"] is None
+    assert report["answers"] == report["requests"] > 0
+    here.prove(before, application=report)
+    assert here.release() == []
+    assert entries(here) == []
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("nat", [True, False], ids=["nat", "routed"])
 @pytest.mark.parametrize("side", ["origin", "destination"])
 def test_there_and_back_under_load(side: str, nat: bool, version: int) -> None:
     with behind(side, nat=nat, version=version, whole=True, programs=servers(version)) as here:
-        before = here.counters()
-        peer = Peer(here, "rr-peer", "--rate", "100", "--echoed", "--until-eof")
-        for _ in range(TIMES):
-            here.pass_once("--max-stall", "5000", *SEEN, *here.into(), attempts=3)
-        report = peer.finish()
-        assert report["error"] is None
-        assert report["answers"] == report["requests"] > 0
-        here.prove(before, application=report)
-        assert here.release() == []
-        assert entries(here) == []
+        there_and_back(here)
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -78,16 +83,7 @@ def test_an_undone_pass_leaves_nothing_at_the_host_either(step: Action, side: st
 def test_from_container_to_container_and_back(version: int) -> None:
     """Each behind a NAT of its own host: the first makes the connection's name, the second has no part in it."""
     with behind("origin", "destination", nat=True, version=version, whole=True, programs=servers(version)) as here:
-        before = here.counters()
-        peer = Peer(here, "rr-peer", "--rate", "100", "--echoed", "--until-eof")
-        for _ in range(TIMES):
-            here.pass_once("--max-stall", "5000", *SEEN, *here.into(), attempts=3)
-        report = peer.finish()
-        assert report["error"] is None
-        assert report["answers"] == report["requests"] > 0
-        here.prove(before, application=report)
-        assert here.release() == []
-        assert entries(here) == []
+        there_and_back(here)
 
 
 @pytest.mark.parametrize("version", [4, 6])
